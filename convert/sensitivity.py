@@ -1,0 +1,99 @@
+"""Fisher scores: how strongly the pre-training loss depends on each weight of the linear layers.
+
+Score of a weight w = mean over calibration sequences of (d loss / d w)^2, loss = mean next-token cross-entropy of one
+sequence (the empirical Fisher diagonal; Guo et al. 2024, arXiv 2406.02913, section 3).
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ..errors import UsageError
+from ..product import on_cpu
+
+DEFAULT_TEXT = Path(__file__).with_name("calibration.txt")
+
+
+def calibration_sequences(
+    tokenizer: TokenizerWrapper, text: str, num_samples: int, sequence_length: int, seed: int
+) -> np.ndarray:
+    """Cut a text into equal windows of tokens and draw some of them without repetition.
+
+    Args:
+        tokenizer: the model's.
+        text: calibration text.
+        num_samples: N, how many windows.
+        sequence_length: T, tokens in a window.
+        seed: decides which windows; the same seed gives the same ones.
+
+    Returns:
+        (N, T) int32 tokens.
+
+    Raises:
+        UsageError: the text has fewer than N * T tokens.
+    """
+    tokens = np.array(tokenizer.encode(text, add_special_tokens=False), dtype=np.int32)
+    windows = tokens[: len(tokens) // sequence_length * sequence_length].reshape(-1, sequence_length)
+    if len(windows) < num_samples:
+        raise UsageError(
+            f"the calibration text has {len(tokens)} tokens, but {num_samples} samples of {sequence_length} need "
+            f"{num_samples * sequence_length}; give a longer text, or lower --num-samples or --sequence-length"
+        )
+    return windows[np.random.default_rng(seed).permutation(len(windows))[:num_samples]]
+
+
+def scored_layers(model: nn.Module) -> list[str]:
+    """Paths of the linear layers whose weights can be sensitive: all those inside the transformer blocks."""
+    blocks = {id(m) for block in model.layers for m in block.modules()}
+    return sorted(p for p, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) in blocks)
+
+
+def fisher_scores(
+    model: nn.Module, sequences: np.ndarray, advance: Callable[[], None] = lambda: None
+) -> dict[str, mx.array]:
+    """Fisher scores of all weights of a dense model's linear layers, by one backward pass per sequence.
+
+    Holds all gradients in memory. On the CPU backend the pass is in float32; the model is left as it was.
+
+    Args:
+        model: a dense mlx-lm model.
+        sequences: (N, T) int32 tokens.
+        advance: called after each sequence.
+
+    Returns:
+        For each path of `scored_layers`, (out, in) float32 scores.
+    """
+    paths = scored_layers(model)
+    stored = model.parameters()
+    if on_cpu():
+        model.set_dtype(mx.float32)
+    modules = dict(model.named_modules())
+    weights = {p: modules[p].weight for p in paths}
+
+    def loss(weights: dict[str, mx.array], tokens: mx.array) -> mx.array:
+        model.update(tree_unflatten([(f"{p}.weight", w) for p, w in weights.items()]))
+        logits = model(tokens[None, :-1]).astype(mx.float32)
+        return nn.losses.cross_entropy(logits[0], tokens[1:], reduction="mean")
+
+    gradient = mx.grad(loss)
+    scores = {p: mx.zeros(w.shape) for p, w in weights.items()}
+    for row in sequences:
+        for path, g in gradient(weights, mx.array(row)).items():
+            scores[path] = scores[path] + g.astype(mx.float32).square() / len(sequences)
+        mx.eval(scores)
+        advance()
+    del modules, weights
+    model.update(stored)
+    return scores
+
+
+def check_finite(scores: dict[str, mx.array]) -> None:
+    """Raise UsageError if the model's gradients are not finite, as for damaged weights."""
+    bad = [p for p, s in tree_flatten(scores) if not mx.isfinite(s.sum()).item()]
+    if bad:
+        raise UsageError(f"the model's gradients are not finite in {len(bad)} layers, e.g. {bad[0]}: damaged weights?")

@@ -1,0 +1,96 @@
+"""Where a model to convert comes from: a Hugging Face directory, a hub id, or a GGUF file."""
+
+import contextlib
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map_with_path
+from mlx_lm.convert import MODEL_CONVERSION_DTYPES
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import _download
+
+from ..errors import UsageError, ZoError
+from ..files import read_json
+from ..model import load_stock_model, load_tokenizer_of
+from .gguf import write_hf_directory
+
+
+@dataclass
+class Source:
+    """A dense model, lazily loaded, in the dtype it will be stored in.
+
+    Attributes:
+        origin: what mlx-lm's `save` takes as the source: a directory or a hub id.
+    """
+
+    model: nn.Module
+    tokenizer: TokenizerWrapper
+    config: dict[str, Any]
+    origin: str
+
+
+@contextlib.contextmanager
+def open_source(hf_path: str, dtype: str | None, scratch: Path) -> Iterator[Source]:
+    """Open a model for conversion.
+
+    Args:
+        hf_path: a directory, a hub id (`name/model`), or a `.gguf` file.
+        dtype: float16, bfloat16 or float32 for the tensors that stay unquantized; by default the source's.
+        scratch: where temporary files may be put.
+
+    Raises:
+        UsageError: no such model, not a model, unsupported architecture, damaged files.
+    """
+    if dtype is not None and dtype not in MODEL_CONVERSION_DTYPES:
+        raise UsageError(f"--dtype {dtype} is not one of {', '.join(MODEL_CONVERSION_DTYPES)}")
+    with contextlib.ExitStack() as stack:
+        path = Path(hf_path)
+        if path.is_file():
+            if path.suffix != ".gguf":
+                raise UsageError(f"{path} is a file, but not a .gguf file")
+            directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".gguf.", dir=scratch)))
+            write_hf_directory(path, directory, dtype)
+            origin = str(directory)
+        elif path.is_dir():
+            directory, origin = path, str(path)
+        else:
+            directory, origin = _fetch(hf_path), hf_path
+        yield _open_directory(directory, origin, dtype)
+
+
+def _fetch(hub_id: str) -> Path:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id):
+        raise UsageError(f"no such model: {hub_id} is neither a file, nor a directory, nor a hub id like name/model")
+    try:
+        return _download(hub_id)
+    except Exception as e:  # the hub client raises a dozen kinds, from several libraries
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise ZoError(f"no such model here, and {hub_id} cannot be fetched from the hub: {reason}") from None
+
+
+def _open_directory(directory: Path, origin: str, dtype: str | None) -> Source:
+    config = read_json(directory / "config.json")
+    if "quantization" in config or "quantization_config" in config:
+        raise UsageError(f"{directory} is already quantized; convert from the full-precision model instead")
+    model, config = load_stock_model(directory, lazy=True)
+    tokenizer = load_tokenizer_of(directory, config)
+    # The same choice, from the same fields, as mlx_lm.convert's, or its tensors would differ from ours.
+    dtype = dtype or config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype")
+    if dtype in MODEL_CONVERSION_DTYPES:
+        _set_dtype(model, getattr(mx, dtype))
+    return Source(model, tokenizer, config, origin)
+
+
+def _set_dtype(model: nn.Module, dtype: mx.Dtype) -> None:
+    castable = getattr(model, "cast_predicate", lambda _: True)
+
+    def cast(path: str, array: mx.array) -> mx.array:
+        return array.astype(dtype) if castable(path) and mx.issubdtype(array.dtype, mx.floating) else array
+
+    model.update(tree_map_with_path(cast, model.parameters()))

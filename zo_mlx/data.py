@@ -1,0 +1,230 @@
+"""Training and test data: JSON lines in, token rows and targets out.
+
+Formats are mlx-lm's (`text`, `prompt`/`completion`, `messages`), tokenized by mlx-lm's own dataset classes, and one of ours:
+`prompt`/`completion`/`choices`, where the completion is one of the choices and a choice is appended to the prompt as it is.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import numpy as np
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.tuner.datasets import create_dataset
+
+from .errors import UsageError
+
+Kind = Literal["choices", "tokens"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A token whose log-probability counts: the one that follows position `position` of row `row`."""
+
+    row: int
+    position: int
+    token: int
+
+
+@dataclass(frozen=True)
+class Example:
+    """One line of a data file, as the rows of tokens to evaluate and what to read from them.
+
+    Attributes:
+        rows: token sequences, each without the last token of the text (nothing is predicted from it).
+        targets: for `choices`, one list of targets per choice; else a single list.
+        label: for `choices`, the index of the right choice; else None.
+        choices: for `choices`, their texts.
+    """
+
+    rows: list[list[int]]
+    targets: list[list[Target]]
+    label: int | None = None
+    choices: tuple[str, ...] = ()
+
+    @property
+    def length(self) -> int:
+        """Tokens in the longest row."""
+        return max(len(row) for row in self.rows)
+
+
+@dataclass
+class Dataset:
+    """The examples of one file; all are of one kind. `truncated` counts texts cut to the longest length."""
+
+    kind: Kind
+    examples: list[Example]
+    truncated: int = 0
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+
+def load_dataset(path: Path, tokenizer: TokenizerWrapper, max_length: int, mask_prompt: bool = False) -> Dataset:
+    """Read, check and tokenize a data file.
+
+    Args:
+        path: a `.jsonl` file.
+        tokenizer: the model's.
+        max_length: the longest sequence, in tokens. Longer texts are cut; a prompt that leaves no room is an error.
+        mask_prompt: for `prompt`/`completion` and `messages`, count only the completion's tokens (mlx-lm's flag).
+
+    Raises:
+        UsageError: names the file, the line and the field that is wrong.
+    """
+    lines = _read_lines(path)
+    first = lines[0][1]
+    if "choices" in first:
+        examples = [_choice_example(d, tokenizer, max_length, f"{path}, line {n}") for n, d in lines]
+        return Dataset("choices", examples)
+    field = next((f for f in _CHECKS if f in first), None)
+    if field is None:
+        raise UsageError(
+            f"{path}, line {lines[0][0]}: fields {sorted(first)} are none of the known formats: "
+            "prompt/completion/choices, prompt/completion, messages, text"
+        )
+    if field == "text" and mask_prompt:
+        raise UsageError(f"{path}: --mask-prompt does not apply to the text format")
+    for number, record in lines:
+        _CHECKS[field](record, f"{path}, line {number}")
+    dataset = create_dataset([d for _, d in lines], tokenizer, SimpleNamespace(mask_prompt=mask_prompt))
+    examples, truncated = [], 0
+    for number, record in lines:
+        where = f"{path}, line {number}"
+        try:
+            tokens, offset = dataset.process(record)
+        except Exception as e:  # chat templates are programs; they raise what they like
+            raise UsageError(f"{where}: the tokenizer's chat template fails: {e}") from None
+        truncated += len(tokens) > max_length
+        examples.append(_token_example(tokens[:max_length], offset, len(tokens), max_length, where))
+    return Dataset("tokens", examples, truncated)
+
+
+def batch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """The batches of one epoch: a function of its arguments alone.
+
+    Examples are shuffled, then sorted by length within pools of 8 batches, so that a batch has little padding and
+    yet differs from epoch to epoch; the batches are shuffled again. Up to `batch_size - 1` examples sit an epoch out.
+
+    Returns:
+        Arrays of `batch_size` example numbers.
+    """
+    rng = np.random.default_rng((seed, epoch))
+    order = rng.permutation(len(lengths))[: len(lengths) // batch_size * batch_size]
+    pools = np.split(order, range(8 * batch_size, len(order), 8 * batch_size))
+    by_length = np.concatenate([p[np.argsort(np.take(lengths, p), kind="stable")] for p in pools])
+    batches = by_length.reshape(-1, batch_size)
+    return list(batches[rng.permutation(len(batches))])
+
+
+def _read_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    lines = []
+    try:
+        with path.open(encoding="utf-8") as f:
+            for number, line in enumerate(f, 1):
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(line)
+                except (ValueError, RecursionError) as e:
+                    raise UsageError(f"{path}, line {number}: not JSON: {e}") from None
+                if not isinstance(record, dict):
+                    raise UsageError(f"{path}, line {number}: must be a JSON object, not {type(record).__name__}")
+                lines.append((number, record))
+    except FileNotFoundError:
+        raise UsageError(f"no such data file: {path}") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise UsageError(f"{path} cannot be read as UTF-8 text: {e}") from None
+    if not lines:
+        raise UsageError(f"{path} is empty")
+    return lines
+
+
+def _text(record: dict[str, Any], field: str, where: str) -> str:
+    value = record.get(field)
+    if not isinstance(value, str) or not value:
+        problem = "is missing" if field not in record else "must be a non-empty string"
+        raise UsageError(f"{where}: field {field!r} {problem}")
+    return value
+
+
+def _check_messages(record: dict[str, Any], where: str) -> None:
+    messages = record.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise UsageError(f"{where}: field 'messages' must be a non-empty list")
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise UsageError(f"{where}: every message must be an object with a 'role'")
+
+
+def _check_completion(record: dict[str, Any], where: str) -> None:
+    _text(record, "prompt", where)
+    _text(record, "completion", where)
+
+
+_CHECKS: dict[str, Callable[[dict[str, Any], str], object]] = {
+    "prompt": _check_completion,
+    "messages": _check_messages,
+    "text": lambda record, where: _text(record, "text", where),
+}
+
+
+def _token_example(tokens: list[int], offset: int, full: int, max_length: int, where: str) -> Example:
+    """mlx-lm's loss mask: the tokens from `offset` on are targets (the first token has nothing before it)."""
+    first = max(offset, 1)
+    if first >= len(tokens):
+        if full > max_length:
+            raise UsageError(f"{where}: the prompt has {offset} tokens, more than fit a sequence of {max_length}")
+        raise UsageError(f"{where}: it has no token to predict")
+    return Example([tokens[:-1]], [[Target(0, i - 1, tokens[i]) for i in range(first, len(tokens))]])
+
+
+def _choice_example(record: dict[str, Any], tokenizer: TokenizerWrapper, max_length: int, where: str) -> Example:
+    prompt, completion = _text(record, "prompt", where), _text(record, "completion", where)
+    choices = record.get("choices")
+    if not isinstance(choices, list) or not all(isinstance(c, str) and c for c in choices):
+        raise UsageError(f"{where}: field 'choices' must be a list of non-empty strings")
+    if len(choices) < 2 or len(set(choices)) < len(choices):
+        raise UsageError(f"{where}: field 'choices' must hold at least two different choices")
+    if completion not in choices:
+        raise UsageError(f"{where}: completion {completion!r} is not among the choices {choices}")
+    alone = tokenizer.encode(prompt)
+    sequences = [tokenizer.encode(prompt + choice) for choice in choices]
+    # A choice may merge with the prompt's last token: it begins where any of the texts first differ.
+    start = min(_common_prefix([alone, *sequences]), *(len(s) - 1 for s in sequences))
+    if start == 0:
+        raise UsageError(f"{where}: the prompt has no token before the choices begin")
+    if (longest := max(map(len, sequences))) > max_length:
+        raise UsageError(f"{where}: prompt and choice have {longest} tokens, more than fit a sequence of {max_length}")
+    rows, row_of = _covering_rows([s[:-1] for s in sequences])
+    targets = [
+        [Target(row, i - 1, s[i]) for i in range(start, len(s))] for row, s in zip(row_of, sequences, strict=True)
+    ]
+    return Example(rows, targets, choices.index(completion), tuple(choices))
+
+
+def _common_prefix(sequences: Iterable[list[int]]) -> int:
+    length = 0
+    for tokens in zip(*sequences, strict=False):
+        if len(set(tokens)) > 1:
+            break
+        length += 1
+    return length
+
+
+def _covering_rows(sequences: list[list[int]]) -> tuple[list[list[int]], list[int]]:
+    """The fewest rows of which every sequence is a prefix, and which row serves which sequence.
+
+    Choices that differ only in their last token share one row.
+    """
+    rows: list[list[int]] = []
+    row_of = [0] * len(sequences)
+    for i in sorted(range(len(sequences)), key=lambda i: -len(sequences[i])):
+        s = sequences[i]
+        row_of[i] = next((n for n, row in enumerate(rows) if row[: len(s)] == s), len(rows))
+        if row_of[i] == len(rows):
+            rows.append(s)
+    return rows, row_of

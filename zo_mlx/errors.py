@@ -1,0 +1,13 @@
+"""The errors users meet: one line that says what is wrong, where, and what to do."""
+
+
+class ZoError(Exception):
+    """Something failed while running; the command line exits with 1."""
+
+    exit_code = 1
+
+
+class UsageError(ZoError):
+    """The input or the command is wrong (files, fields, flags); the command line exits with 2."""
+
+    exit_code = 2

@@ -1,0 +1,115 @@
+"""Reading files from strangers and writing files that cannot be half-written."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from safetensors import SafetensorError, safe_open
+
+from .errors import UsageError, ZoError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises UsageError if the file is missing, not JSON, or not an object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path} is missing") from None
+    except (OSError, ValueError, RecursionError) as e:
+        raise UsageError(f"{path} is not readable JSON: {e}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} must hold a JSON object, not {type(content).__name__}")
+    return content
+
+
+def read_safetensors_metadata(path: Path) -> dict[str, str]:
+    """Check a safetensors file's header against its size and return its metadata. Raises UsageError."""
+    try:
+        with safe_open(path, framework="numpy") as f:
+            return f.metadata() or {}
+    except FileNotFoundError:
+        raise UsageError(f"{path} is missing") from None
+    except (SafetensorError, OSError) as e:
+        raise UsageError(f"{path} is truncated or not a safetensors file ({e}); fetch or make it again") from None
+
+
+def load_safetensors(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """Load a checked safetensors file: (tensors by name, metadata). Raises UsageError."""
+    metadata = read_safetensors_metadata(path)
+    try:
+        return mx.load(str(path), format="safetensors"), metadata  # type: ignore[return-value]
+    except RuntimeError as e:
+        raise UsageError(f"{path} cannot be read by MLX: {e}") from None
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` make a file beside `path`, sync it, then rename it over `path`: readers see old or new."""
+    # The suffix stays last because MLX's savers append theirs where it is missing.
+    beside = path.with_name(f".{path.stem}.new{path.suffix}")
+    try:
+        with reporting_disk_errors(path):
+            write(beside)
+            sync(beside)
+            beside.replace(path)
+            sync(path.parent)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """Yield an empty directory beside `path` and rename it to `path` if the block succeeds.
+
+    Raises UsageError if `path` exists; on any error nothing is left behind.
+    """
+    if path.exists():
+        raise UsageError(f"{path} already exists; name another directory or remove it first")
+    with reporting_disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
+            yield beside
+            beside.chmod(0o755)
+            beside.rename(path)
+            sync(path.parent)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Flush a file or directory to the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def reporting_disk_errors(path: Path) -> Iterator[None]:
+    """Turn a failed write (disk full, no permission) into a ZoError that names `path`."""
+    try:
+        yield
+    except OSError as e:
+        raise ZoError(f"cannot write {path}: {e.strerror or e}") from e
+    except RuntimeError as e:
+        # MLX's savers raise RuntimeError("[write] Unable to write N bytes to file.") and the like.
+        if "write" in str(e) or "open file" in str(e):
+            raise ZoError(f"cannot write {path}: {e} (is the disk full?)") from e
+        raise

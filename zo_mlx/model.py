@@ -1,0 +1,85 @@
+"""Model directories: checks, fingerprints, loading with and without an adapter."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import load_model, load_tokenizer
+
+from .errors import UsageError
+from .files import read_json, read_safetensors_metadata, sha256
+from .index import SensitiveIndex, read_index
+from .product import prepare
+from .sparse import SparseModel
+
+
+def load_stock_model(directory: Path, lazy: bool = False) -> tuple[nn.Module, dict[str, Any]]:
+    """mlx-lm's `load_model`, after checks that turn damaged or foreign directories into one clear line.
+
+    Returns:
+        The model and its config.
+
+    Raises:
+        UsageError: not a directory, not a model, unsupported architecture, truncated or mismatched weights.
+    """
+    if not directory.is_dir():
+        raise UsageError(f"no such model: {directory} is not a directory")
+    config = read_json(directory / "config.json")
+    if not isinstance(config.get("model_type"), str):
+        raise UsageError(f"{directory} is not a model directory: config.json has no model_type")
+    if "model_file" in config:
+        raise UsageError(f"{directory} needs custom code ({config['model_file']}), which zo-mlx does not run")
+    weights = weight_files(directory)
+    if not weights:
+        raise UsageError(f"{directory} is not a model directory: it has no model*.safetensors")
+    for file in weights:
+        read_safetensors_metadata(file)
+    try:
+        return load_model(directory, lazy=lazy)
+    except Exception as e:  # whatever an architecture raises on a config or tensors it does not expect
+        problem = " ".join(str(e).split())[:300]
+        raise UsageError(f"{directory} cannot be loaded: {problem or type(e).__name__}") from None
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The weight files of a model directory that mlx-lm reads, sorted by name."""
+    return sorted(directory.glob("model*.safetensors"))
+
+
+def load_tokenizer_of(directory: Path, config: dict[str, Any]) -> TokenizerWrapper:
+    """The tokenizer of a model directory. Raises UsageError if it is missing or damaged."""
+    try:
+        return load_tokenizer(directory, eos_token_ids=config.get("eos_token_id"))
+    except Exception as e:  # transformers and tokenizers raise many kinds
+        raise UsageError(f"{directory}: the tokenizer cannot be loaded: {' '.join(str(e).split())[:300]}") from None
+
+
+def fingerprint(directory: Path) -> str:
+    """SHA-256 that identifies a base model: config.json and the weight files, names and whole contents."""
+    digest = hashlib.sha256()
+    for file in [directory / "config.json", *weight_files(directory)]:
+        digest.update(f"{file.name} {sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def load_sparse(directory: Path) -> tuple[SparseModel, TokenizerWrapper, SensitiveIndex, dict[str, Any]]:
+    """Load a base model with its sensitive weights attached, ready for the default device.
+
+    Returns:
+        The sparse model (no values set: it computes as the base model), tokenizer, index, and the model's config.
+
+    Raises:
+        UsageError: as `load_stock_model` and `read_index`; or the index belongs to another model.
+    """
+    model, config = load_stock_model(directory)
+    index = read_index(directory)
+    recorded = index.metadata.get("base_model")
+    if recorded != (actual := fingerprint(directory)):
+        raise UsageError(
+            f"{directory / 'sensitive.safetensors'} belongs to another model (fingerprint {str(recorded)[:12]}, "
+            f"this one has {actual[:12]}); convert again"
+        )
+    tokenizer = load_tokenizer_of(directory, config)
+    return SparseModel(prepare(model), index), tokenizer, index, config

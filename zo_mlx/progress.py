@@ -1,0 +1,60 @@
+"""Progress of long work: a bar with rate and time left on a terminal, plain lines elsewhere."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from types import TracebackType
+
+from tqdm import tqdm
+
+_SECONDS_BETWEEN_LINES = 15
+
+
+class Progress:
+    """Use as a context manager and call `advance` once per unit of work. Writes to standard error."""
+
+    def __init__(self, title: str, total: int, unit: str, enabled: bool = True, initial: int = 0):
+        self.title, self.total, self.unit, self.enabled = title, total, unit, enabled
+        self._done = self._initial = initial
+        self._bar: tqdm | None = None
+
+    def __enter__(self) -> "Progress":
+        self._started = self._printed = time.monotonic()
+        if self.enabled and sys.stderr.isatty():
+            self._bar = tqdm(
+                desc=self.title, total=self.total, initial=self._initial, unit=f" {self.unit}", leave=False
+            )
+        return self
+
+    def advance(self) -> None:
+        """One more unit is done."""
+        self._done += 1
+        if self._bar is not None:
+            self._bar.update()
+        elif self.enabled and time.monotonic() - self._printed > _SECONDS_BETWEEN_LINES:
+            self._printed = time.monotonic()
+            rate = (self._done - self._initial) / (self._printed - self._started)
+            left = (self.total - self._done) / rate
+            self.line(f"{self.title}: {self._done}/{self.total}, {rate:.2f} {self.unit}/s, {left:.0f} s left")
+
+    def line(self, text: str, to_stdout: bool = False) -> None:
+        """Print a line without disturbing the bar."""
+        stream = sys.stdout if to_stdout else sys.stderr
+        if self._bar is not None:
+            tqdm.write(text, file=stream)
+        else:
+            print(text, file=stream, flush=True)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+@contextlib.contextmanager
+def redirected_to_stderr() -> Iterator[None]:
+    """Keep standard output for results: what libraries print goes to standard error."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield

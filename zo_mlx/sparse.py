@@ -1,0 +1,121 @@
+"""Linear layers whose sensitive weights can differ from branch to branch of one forward pass.
+
+For a base weight Q, trainable positions (r, c) and U = the sorted unique columns c, a branch with values v computes
+
+    y = x @ Q.T + x[..., U] @ D.T        D: (out, |U|), D[r, pos(c)] = v - Q[r, c]
+
+which is exactly x @ W.T with W = Q except W[r, c] = v. Sensitive weights cluster in few columns, so D is small. The P
+branches of a step are stacked along the batch axis (P * B rows): Q is read once for all of them.
+"""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_unflatten
+
+from .errors import UsageError
+from .index import SensitiveIndex
+from .product import dequantized
+
+
+class SparseLinear(nn.Module):
+    """A linear layer plus the difference of its sensitive weights, one difference per branch.
+
+    Args:
+        base: `nn.Linear` or `nn.QuantizedLinear` with an effective weight of (out, in).
+        indices: (n,) uint32, flat row-major positions of the trainable weights in (out, in).
+    """
+
+    def __init__(self, base: nn.Module, indices: np.ndarray):
+        super().__init__()
+        self.base = base
+        weight = dequantized(base)
+        self._out, width = weight.shape
+        rows, columns = np.divmod(indices, width)
+        used, slot = np.unique(columns, return_inverse=True)
+        # A leading underscore keeps these out of the module's parameters.
+        self._columns = mx.array(used.astype(np.uint32))
+        self._slots = mx.array((slot * self._out + rows).astype(np.uint32))
+        self._base_values = weight.reshape(-1)[mx.array(indices)].astype(mx.float32)
+        self._difference: mx.array | None = None
+        mx.eval(self._columns, self._slots, self._base_values)
+
+    def set_values(self, values: mx.array | None) -> None:
+        """Set the trainable weights of every branch.
+
+        Args:
+            values: (P, n) float32, or None to compute with the base weights alone.
+        """
+        if values is None:
+            self._difference = None
+            return
+        branches = values.shape[0]
+        difference = mx.zeros((branches, self._columns.size * self._out))
+        difference[:, self._slots] = values - self._base_values
+        self._difference = difference.reshape(branches, self._columns.size, self._out)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x: (P * B, ..., in) -> (P * B, ..., out); the rows of a branch are consecutive."""
+        y = self.base(x)
+        if self._difference is None:
+            return y
+        branches = self._difference.shape[0]
+        gathered = x[..., self._columns].reshape(branches, -1, self._columns.size)
+        stacked = y.reshape(branches, -1, self._out)
+        return mx.addmm(stacked, gathered, self._difference.astype(y.dtype)).reshape(y.shape)
+
+
+class SparseModel:
+    """A model with its sensitive weights attached: `values` (P, K) in, P branches of the model out.
+
+    Args:
+        model: an mlx-lm model; its layers named in `index` are replaced by `SparseLinear`.
+        index: the model's sensitive index.
+
+    Raises:
+        UsageError: the index names layers or positions that the model does not have.
+    """
+
+    def __init__(self, model: nn.Module, index: SensitiveIndex):
+        self.model = model
+        self._layers: list[SparseLinear] = []
+        self._ends: list[int] = []
+        modules = dict(model.named_modules())
+        wrong = [
+            f"{path} ({problem})"
+            for path, tensor in index.tensors.items()
+            if (problem := _mismatch(modules.get(path), int(tensor.indices[-1])))
+        ]
+        if wrong:
+            raise UsageError(f"the sensitive index belongs to another model: {', '.join(wrong[:5])}")
+        end = 0
+        for path, tensor in index.tensors.items():
+            layer = SparseLinear(modules[path], tensor.indices)
+            model.update_modules(tree_unflatten([(path, layer)]))
+            end += tensor.size
+            self._layers.append(layer)
+            self._ends.append(end)
+
+    @property
+    def size(self) -> int:
+        """K, the number of trainable weights."""
+        return self._ends[-1]
+
+    def set_values(self, values: mx.array | None) -> None:
+        """Set the values of P branches, (P, K) float32; None computes with the base model alone."""
+        if values is None:
+            slices: list[mx.array | None] = [None] * len(self._layers)
+        else:
+            slices = list(mx.split(values, self._ends[:-1], axis=1))
+        for layer, own in zip(self._layers, slices, strict=True):
+            layer.set_values(own)
+
+
+def _mismatch(module: nn.Module | None, last: int) -> str | None:
+    if module is None:
+        return "no such layer"
+    if not isinstance(module, nn.Linear | nn.QuantizedLinear):
+        return f"a {type(module).__name__}, not a linear layer"
+    rows, packed = module.weight.shape
+    width = packed * 32 // module.bits if isinstance(module, nn.QuantizedLinear) else packed
+    return f"position {last} outside {rows} x {width}" if last >= rows * width else None
