@@ -131,6 +131,4 @@ def convert(
             "zo_mlx": __version__,
         }
         write_index(index, beside)
-    return Conversion(
-        str(out), index.size, candidates, coverage, time.perf_counter() - started, mx.get_peak_memory()
-    )
+    return Conversion(str(out), index.size, candidates, coverage, time.perf_counter() - started, mx.get_peak_memory())

@@ -1,6 +1,6 @@
 """GGUF files: metadata and tensors, written out as a Hugging Face directory that mlx-lm reads.
 
-Read with the pure-Python `gguf` package (checked offsets, no C parser). Format: the GGUF specification in ggml's docs/gguf.md.
+Read with the pure-Python `gguf` package: checked offsets, no C parser. Format: docs/gguf.md of ggml.
 """
 
 import json
@@ -81,7 +81,9 @@ class GgufFile:
         try:
             return self._dequantize(raw.data, raw.tensor_type).reshape(self.shape(name))
         except (NotImplementedError, KeyError, ValueError) as e:
-            raise UsageError(f"{self.path}: tensor {name} of type {raw.tensor_type.name} cannot be decoded: {e}") from None
+            raise UsageError(
+                f"{self.path}: tensor {name} of type {raw.tensor_type.name} cannot be decoded: {e}"
+            ) from None
 
 
 def write_hf_directory(path: Path, out: Path, dtype: str | None = None) -> None:
@@ -149,7 +151,9 @@ def _llama_config(file: GgufFile) -> dict[str, Any]:
     vocabulary, width = file.shape("token_embd.weight")
     heads, blocks = number("attention.head_count", kind=int), number("block_count", kind=int)
     if width != number("embedding_length", kind=int) or not 0 < heads <= width or not 0 < blocks <= len(file.names):
-        raise UsageError(f"{file.path}: metadata does not fit the tensors (embedding {width}, {heads} heads, {blocks} blocks)")
+        raise UsageError(
+            f"{file.path}: metadata does not fit the tensors (embedding {width}, {heads} heads, {blocks} blocks)"
+        )
     head_dim = number("attention.key_length", width // heads, int)
     if number("rope.dimension_count", head_dim) != head_dim:
         raise UsageError(f"{file.path}: partial rotary embeddings are not supported from GGUF")

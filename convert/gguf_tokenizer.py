@@ -18,7 +18,8 @@ _CONTROL, _USER_DEFINED = 3, 4
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _DIGIT_RUNS_OF_3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _SINGLE_DIGITS = _DIGIT_RUNS_OF_3.replace(r"\p{N}{1,3}", r"\p{N}")
 # tokenizer.ggml.pre -> (digits are split off one by one first, pattern of words)
@@ -125,9 +126,7 @@ def _sentencepiece_bpe(file: GgufFile, tokens: list[str]) -> Tokenizer:
 
 def _added(file: GgufFile, tokens: list[str], kind: int, special: bool) -> list[AddedToken]:
     types = file.get("tokenizer.ggml.token_type", list, [])
-    return [
-        AddedToken(t, special=special, normalized=False) for t, k in zip(tokens, types, strict=False) if k == kind
-    ]
+    return [AddedToken(t, special=special, normalized=False) for t, k in zip(tokens, types, strict=False) if k == kind]
 
 
 def _add_bos_and_eos(file: GgufFile, tokenizer: Tokenizer, special: dict[str, str], default_bos: bool) -> None:

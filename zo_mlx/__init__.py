@@ -6,7 +6,24 @@ open_fast_blas()  # before anything imports mlx
 
 __version__ = "0.1.0"
 
+from .config import TrainConfig
 from .convert import Conversion, convert
 from .errors import UsageError, ZoError
+from .evaluate import Evaluation, evaluate
+from .generate import generate
+from .model import load
+from .train import TrainResult, train
 
-__all__ = ["Conversion", "UsageError", "ZoError", "convert"]
+__all__ = [
+    "Conversion",
+    "Evaluation",
+    "TrainConfig",
+    "TrainResult",
+    "UsageError",
+    "ZoError",
+    "convert",
+    "evaluate",
+    "generate",
+    "load",
+    "train",
+]

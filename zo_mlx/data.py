@@ -1,7 +1,7 @@
 """Training and test data: JSON lines in, token rows and targets out.
 
-Formats are mlx-lm's (`text`, `prompt`/`completion`, `messages`), tokenized by mlx-lm's own dataset classes, and one of ours:
-`prompt`/`completion`/`choices`, where the completion is one of the choices and a choice is appended to the prompt as it is.
+Formats are mlx-lm's (`text`, `prompt`/`completion`, `messages`), tokenized by mlx-lm's own dataset classes, and one of
+ours: `prompt`/`completion`/`choices`, where the completion is one of the choices, each appended to the prompt as it is.
 """
 
 import json
@@ -90,7 +90,11 @@ def load_dataset(path: Path, tokenizer: TokenizerWrapper, max_length: int, mask_
         raise UsageError(f"{path}: --mask-prompt does not apply to the text format")
     for number, record in lines:
         _CHECKS[field](record, f"{path}, line {number}")
-    dataset = create_dataset([d for _, d in lines], tokenizer, SimpleNamespace(mask_prompt=mask_prompt))
+    dataset = create_dataset(
+        [d for _, d in lines],
+        tokenizer,  # type: ignore[arg-type]
+        SimpleNamespace(mask_prompt=mask_prompt),
+    )
     examples, truncated = [], 0
     for number, record in lines:
         where = f"{path}, line {number}"

@@ -11,3 +11,9 @@ class UsageError(ZoError):
     """The input or the command is wrong (files, fields, flags); the command line exits with 2."""
 
     exit_code = 2
+
+
+class Interrupted(ZoError):
+    """The user stopped a run; the command line exits with 130, as shells do for Ctrl-C."""
+
+    exit_code = 130

@@ -58,7 +58,7 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a file beside `path`, sync it, then rename it over `path`: readers see old or new."""
     # The suffix stays last because MLX's savers append theirs where it is missing.
     beside = path.with_name(f".{path.stem}.new{path.suffix}")

@@ -1,8 +1,8 @@
 """Hidden states, and logits at chosen positions only.
 
-For a completion of 3 tokens after a prompt of 200, the output head is needed at 3 positions, not 203. mlx-lm models call an
-inner model and then apply their head to its result (tied or not, scaled, soft-capped). To apply just the head,
-call the outer model while the inner one returns the states we hand it. `split_head` proves numerically that this
+For a completion of 3 tokens after a prompt of 200, the output head is needed at 3 positions, not 203. mlx-lm models
+call an inner model and then apply their head to its result (tied or not, scaled, soft-capped). To apply just the
+head, call the outer model while the inner one returns the states we hand it. `split_head` proves numerically that this
 equals the full model, and falls back to full logits where it does not.
 """
 

@@ -8,8 +8,10 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model, load_tokenizer
 
+from .adapter import read_snapshot
 from .errors import UsageError
 from .files import read_json, read_safetensors_metadata, sha256
+from .index import FILE_NAME as INDEX
 from .index import SensitiveIndex, read_index
 from .product import prepare
 from .sparse import SparseModel
@@ -83,3 +85,39 @@ def load_sparse(directory: Path) -> tuple[SparseModel, TokenizerWrapper, Sensiti
         )
     tokenizer = load_tokenizer_of(directory, config)
     return SparseModel(prepare(model), index), tokenizer, index, config
+
+
+def context_length(config: dict[str, Any]) -> int:
+    """The longest sequence a model was made for, in tokens; very large where its config does not say."""
+    for key in ("max_position_embeddings", "n_positions", "max_sequence_length"):
+        for place in (config, config.get("text_config") or {}):
+            if isinstance(length := place.get(key), int):
+                return length
+    return 1 << 30
+
+
+def load(path: str | Path, adapter_path: str | Path | None = None) -> tuple[nn.Module, TokenizerWrapper]:
+    """Load a model directory, ready for `zo_mlx.evaluate` and `zo_mlx.generate`.
+
+    Args:
+        path: an MLX model directory.
+        adapter_path: a directory made by `zo_mlx.train`: its values replace those of the base model. Without it, the
+            model computes what stock mlx-lm computes from the same directory.
+
+    Returns:
+        The model and its tokenizer, as `mlx_lm.load` returns them.
+
+    Raises:
+        UsageError: not a model; the adapter is damaged or belongs to another model or index.
+    """
+    directory = Path(path)
+    if adapter_path is None:
+        model, config = load_stock_model(directory)
+        return prepare(model), load_tokenizer_of(directory, config)
+    snapshot = read_snapshot(Path(adapter_path))
+    sparse, tokenizer, index, _ = load_sparse(directory)
+    actual = {"base_model": index.metadata["base_model"], "index": sha256(directory / INDEX)}
+    if changed := [k for k, v in actual.items() if snapshot.fingerprints.get(k) != v]:
+        raise UsageError(f"the adapter {adapter_path} was trained on another model: {' and '.join(changed)} differs")
+    sparse.set_values(snapshot.values[None])
+    return sparse.model, tokenizer

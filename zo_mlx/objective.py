@@ -1,6 +1,7 @@
 """What a step minimises: cross-entropy of completions or texts, or of the right choice among choices.
 
-Shapes: P branches, N rows of T tokens, M positions that targets look at, E examples, C choices.
+Shapes: P branches, N rows of T tokens, M positions that targets look at, E examples a branch, C choices, L target
+tokens.
 """
 
 from collections.abc import Sequence
@@ -9,123 +10,116 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from .data import Example, Kind
+from .data import Example
 from .head import Head
 
-# Logits of this many bytes at a time: bounds memory for large vocabularies, and is large enough for a fast product.
-LOGIT_BYTES = 64 << 20
+# Logits are made this many bytes at a time: little memory for large vocabularies, yet enough rows for a fast product.
+LOGIT_BYTES = 32 << 20
 
 
 @dataclass
 class Batch:
-    """Examples as arrays.
+    """The examples of P branches as arrays; a branch's rows are consecutive, and as many as any other's.
 
     Attributes:
         tokens: (N, T) int32, padded on the right (causal attention keeps padding out of every target).
-        positions: (M,) flat positions in (N, T) that some target looks at.
-        position_of: for `choices` (E, C, L), else (L,): which of the M positions each target looks at.
-        token_of: as `position_of`: the target tokens.
-        counts: as `position_of`, float32: 1 for a target, 0 for padding.
-        labels: for `choices` (E,) the right choices; else None.
+        positions: (M,) int32, flat positions in (N, T) that some target looks at, increasing.
+        target_position: (n,) which of the M positions each target looks at, non-decreasing.
+        target_token: (n,) the target tokens.
+        slots: (P, E, C, L) int32, which of the n targets; n itself for padding. C is 1 except for `choices`.
+        labels: (P, E) the right choices, or None.
         num_tokens: tokens in the rows, without padding.
     """
 
     tokens: mx.array
-    positions: mx.array
-    position_of: mx.array
-    token_of: mx.array
-    counts: mx.array
+    positions: np.ndarray
+    target_position: np.ndarray
+    target_token: np.ndarray
+    slots: np.ndarray
     labels: mx.array | None
     num_tokens: int
 
 
-def collate(examples: Sequence[Example], kind: Kind) -> Batch:
-    """Pack examples of one kind into a batch."""
-    rows = [row for e in examples for row in e.rows]
-    width = max(len(row) for row in rows)
-    tokens = np.zeros((len(rows), width), np.int32)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)] = row
-    groups = []  # one list of (flat position, token) per choice, or per example
-    first_row = 0
-    for e in examples:
-        groups += [[((first_row + t.row) * width + t.position, t.token) for t in targets] for targets in e.targets]
-        first_row += len(e.rows)
-    positions = sorted({at for group in groups for at, _ in group})
-    number = {at: i for i, at in enumerate(positions)}
+def collate(branches: Sequence[Sequence[Example]]) -> Batch:
+    """Pack the examples of each branch, equally many and of one kind, into a batch."""
+    rows_per_branch = max(sum(len(e.rows) for e in examples) for examples in branches)
+    width = max(e.length for examples in branches for e in examples)
+    tokens = np.zeros((len(branches) * rows_per_branch, width), np.int32)
+    targets: dict[tuple[int, ...], list[tuple[int, int]]] = {}  # (branch, example, choice) -> [(position, token)]
+    for b, examples in enumerate(branches):
+        row = b * rows_per_branch
+        for i, example in enumerate(examples):
+            for c, choice in enumerate(example.targets):
+                targets[b, i, c] = [((row + t.row) * width + t.position, t.token) for t in choice]
+            for content in example.rows:
+                tokens[row, : len(content)] = content
+                row += 1
 
-    if kind == "tokens":
-        targets = [t for group in groups for t in group]
-        shape: tuple[int, ...] = (len(targets),)
-        flat = [(number[at], token, 1.0) for at, token in targets]
-        labels = None
-    else:
-        most = max(len(e.targets) for e in examples)
-        longest = max(len(group) for group in groups)
-        shape = (len(examples), most, longest)
-        flat = []
-        rest = iter(groups)
-        for e in examples:
-            for _ in e.targets:
-                group = next(rest)
-                flat += [(number[at], token, 1.0) for at, token in group]
-                flat += [(0, 0, 0.0)] * (longest - len(group))
-            flat += [(0, 0, 0.0)] * (longest * (most - len(e.targets)))
-        labels = mx.array([e.label for e in examples])
-    position_of, token_of, counts = (np.array(column).reshape(shape) for column in zip(*flat, strict=True))
+    flat = sorted({target for group in targets.values() for target in group})
+    number = {target: i for i, target in enumerate(flat)}
+    shape = (
+        len(branches),
+        len(branches[0]),
+        max(c for *_, c in targets) + 1,
+        max(len(group) for group in targets.values()),
+    )
+    slots = np.full(shape, len(flat), np.int32)
+    for at, group in targets.items():
+        slots[at][: len(group)] = [number[target] for target in group]
+    positions, target_position = np.unique([at for at, _ in flat], return_inverse=True)
+    labels = [[e.label for e in examples] for examples in branches]
     return Batch(
         mx.array(tokens),
-        mx.array(positions),
-        mx.array(position_of),
-        mx.array(token_of),
-        mx.array(counts.astype(np.float32)),
-        labels,
-        sum(len(row) for row in rows),
+        positions.astype(np.int32),
+        target_position,
+        np.array([token for _, token in flat]),
+        slots,
+        None if labels[0][0] is None else mx.array(labels),
+        sum(len(row) for examples in branches for e in examples for row in e.rows),
     )
 
 
-def log_probabilities(head: Head, batch: Batch, branches: int = 1) -> mx.array:
-    """Log-probability of every target, for every branch.
+def scores(head: Head, batch: Batch) -> mx.array:
+    """Sum of the log-probabilities of each choice's tokens.
 
     Returns:
-        (P, *batch.position_of.shape) float32.
+        (P, E, C) float32; -inf where an example has fewer than C choices.
     """
-    states = head.hidden(mx.tile(batch.tokens, (branches, 1)) if branches > 1 else batch.tokens)
-    states = states.reshape(branches, -1, states.shape[-1])[:, batch.positions]
-    mx.eval(states)  # frees the activations of the whole pass before the logits are made
-    vocabulary = head.logits(states[:1, :1]).shape[-1]
-    count = max(1, LOGIT_BYTES // (4 * vocabulary * branches))
-    position_of = np.array(batch.position_of).reshape(-1)
-    token_of = np.array(batch.token_of).reshape(-1)
-    order = np.argsort(position_of, kind="stable")
+    states = head.hidden(batch.tokens)
+    states = states.reshape(-1, states.shape[-1])[mx.array(batch.positions)]
+    mx.eval(states)  # frees the activations of the pass before any logits are made
+    vocabulary = head.logits(states[:1]).shape[-1]
+    step = max(1, LOGIT_BYTES // (4 * vocabulary))
     parts = []
-    for start in range(0, states.shape[1], count):
-        inside = order[(position_of[order] >= start) & (position_of[order] < start + count)]
-        logits = head.logits(states[:, start : start + count]).astype(mx.float32)
-        normalizer = mx.logsumexp(logits, axis=-1)
-        at, token = mx.array(position_of[inside] - start), mx.array(token_of[inside])
-        parts.append(logits[:, at, token] - normalizer[:, at])
+    for start in range(0, len(states), step):
+        first, last = np.searchsorted(batch.target_position, [start, start + step])
+        logits = head.logits(states[start : start + step]).astype(mx.float32)
+        at = mx.array(batch.target_position[first:last] - start)
+        chosen = logits[at, mx.array(batch.target_token[first:last])]
+        parts.append(chosen - mx.logsumexp(logits, axis=-1)[at])
         mx.eval(parts[-1])
-    flat = mx.concatenate(parts, axis=1)
-    inverse = np.empty_like(order)
-    inverse[order] = np.arange(len(order))
-    return flat[:, mx.array(inverse)].reshape(branches, *batch.position_of.shape)
+    log_probabilities = mx.concatenate([*parts, mx.zeros(1)])  # padding reads the last one
+    summed = log_probabilities[mx.array(batch.slots)].sum(axis=-1)
+    exists = mx.array(batch.slots[..., 0] < len(batch.target_token))
+    return mx.where(exists, summed, -mx.inf)
 
 
-def choice_scores(head: Head, batch: Batch, branches: int = 1) -> mx.array:
-    """Sum of the log-probabilities of each choice's tokens: (P, E, C) float32, -inf where an example has fewer choices."""
-    summed = (log_probabilities(head, batch, branches) * batch.counts).sum(axis=-1)
-    return mx.where(batch.counts.max(axis=-1) > 0, summed, -mx.inf)
-
-
-def losses(head: Head, batch: Batch, branches: int = 1) -> mx.array:
+def branch_losses(scored: mx.array, batch: Batch) -> mx.array:
     """The objective of every branch: (P,) float32, in nats.
 
-    For `choices`, the mean over examples of -log softmax(choice scores)[right choice]; else the mean over target tokens
-    of -log p(token).
+    For `choices`, the mean over examples of -log softmax(scores)[right choice]. Else the sum over target tokens of
+    -log p(token), over the mean number of target tokens in a branch: so the mean of all branches is a mean over tokens.
+
+    Args:
+        scored: (P, E, C), from `scores`.
     """
     if batch.labels is None:
-        return -log_probabilities(head, batch, branches).mean(axis=-1)
-    scores = choice_scores(head, batch, branches)
-    right = mx.take_along_axis(scores, batch.labels[None, :, None], axis=-1)[..., 0]
-    return (mx.logsumexp(scores, axis=-1) - right).mean(axis=-1)
+        tokens = (batch.slots < len(batch.target_token)).sum() / batch.slots.shape[0]
+        return -scored.sum(axis=(1, 2)) / tokens
+    return example_losses(scored, batch.labels).mean(axis=-1)
+
+
+def example_losses(scored: mx.array, labels: mx.array) -> mx.array:
+    """-log softmax(scores)[right choice] of every example: (..., C) scores and (...) labels -> (...)."""
+    right = mx.take_along_axis(scored, labels[..., None], axis=-1)[..., 0]
+    return mx.logsumexp(scored, axis=-1) - right

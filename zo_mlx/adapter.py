@@ -1,0 +1,100 @@
+"""The adapter directory: the journal of a run, its values, and the optimizer's state for a quick resume.
+
+`values.safetensors` is the result. `optimizer.safetensors` only saves time: without it, or where the two are not of the
+same step, a resume replays the journal from the start.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
+
+from .errors import UsageError
+from .files import load_safetensors, write_atomically
+from .journal import FILE_NAME as JOURNAL
+
+VALUES = "values.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+FORMAT = "zo-mlx-values"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The state of a run after `step` steps. `fingerprints` are those of the model and index it belongs to."""
+
+    step: int
+    journal: str
+    fingerprints: dict[str, str]
+    values: mx.array
+
+
+def has_run(directory: Path) -> bool:
+    """Whether an adapter directory holds a run."""
+    return any((directory / name).exists() for name in (JOURNAL, VALUES))
+
+
+def remove_run(directory: Path) -> None:
+    """Remove a run's files but for the journal, which a new run replaces."""
+    for name in (VALUES, OPTIMIZER):
+        (directory / name).unlink(missing_ok=True)
+
+
+def size_bytes(directory: Path) -> int:
+    """What it takes to keep or share the result: values and journal."""
+    return sum((directory / name).stat().st_size for name in (JOURNAL, VALUES))
+
+
+def write_snapshot(directory: Path, snapshot: Snapshot, state: dict[str, Any]) -> None:
+    """Write values and optimizer state, each whole or not at all."""
+    metadata = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "step": str(snapshot.step),
+        "journal": snapshot.journal,
+        **snapshot.fingerprints,
+    }
+    flat = dict(tree_flatten(state))
+    for name, arrays in ((OPTIMIZER, flat), (VALUES, {"values": snapshot.values})):
+        write_atomically(directory / name, partial(_save, arrays=arrays, metadata=metadata))
+
+
+def read_snapshot(directory: Path) -> Snapshot:
+    """Read and check an adapter's values. Raises UsageError if they are missing or damaged."""
+    if not directory.is_dir():
+        raise UsageError(f"no such adapter: {directory} is not a directory")
+    path = directory / VALUES
+    arrays, metadata = _load(path)
+    values = arrays.get("values")
+    if values is None or values.ndim != 1 or values.dtype != mx.float32 or not mx.isfinite(values).all().item():
+        raise UsageError(f"{path} is damaged: it must hold one finite float32 vector named values")
+    prints = {k: v for k, v in metadata.items() if k not in ("format", "version", "step", "journal")}
+    return Snapshot(int(metadata["step"]), metadata["journal"], prints, values)
+
+
+def read_optimizer_state(directory: Path, snapshot: Snapshot) -> dict[str, Any] | None:
+    """The optimizer state that goes with a snapshot, or None if there is none of the same run and step."""
+    path = directory / OPTIMIZER
+    try:
+        arrays, metadata = _load(path)
+    except UsageError:
+        return None
+    if (metadata["step"], metadata["journal"]) != (str(snapshot.step), snapshot.journal):
+        return None
+    return tree_unflatten(list(arrays.items()))  # type: ignore[return-value]
+
+
+def _save(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str]) -> None:
+    mx.save_safetensors(str(path), arrays, metadata)
+
+
+def _load(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    arrays, metadata = load_safetensors(path)
+    if metadata.get("format") != FORMAT or not metadata.get("step", "").isdecimal() or "journal" not in metadata:
+        raise UsageError(f"{path} is not part of a zo-mlx adapter: its metadata lacks format = {FORMAT}")
+    if metadata.get("version") != str(VERSION):
+        raise UsageError(f"{path} has version {metadata.get('version')}, this zo-mlx reads version {VERSION}")
+    return arrays, metadata

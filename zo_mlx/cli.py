@@ -1,0 +1,212 @@
+"""The command line: one parser per command, each a thin layer over the Python API."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from typing import Any
+
+from . import __version__, load
+from . import convert as convert_model
+from . import evaluate as evaluate_model
+from . import generate as generate_text
+from . import train as train_model
+from .config import TrainConfig, read_yaml
+from .convert.select import Scope
+from .errors import ZoError
+from .info import as_text, info
+from .train import result_as_dict
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="zo-mlx", description=__import__("zo_mlx").__doc__)
+    parser.add_argument("--version", action="version", version=f"zo-mlx {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for add in (_add_convert, _add_train, _add_evaluate, _add_generate, _add_info):
+        command = add(commands)
+        command.add_argument("--json", action="store_true", help="Print JSON instead of text.")
+    return parser
+
+
+def _command(commands: Any, name: str, run: Any, help: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name, help=help, description=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_convert(commands: Any) -> argparse.ArgumentParser:
+    p = _command(commands, "convert", _convert, "Quantize a model and find its sensitive weights.")
+    p.add_argument("--hf-path", "--model", required=True, help="Hugging Face directory, hub id, or .gguf file.")
+    p.add_argument("--mlx-path", default="mlx_model", help="Directory to write; must not exist.")
+    p.add_argument("-q", "--quantize", action="store_true", help="Accepted for mlx-lm's sake: always on here.")
+    p.add_argument("--q-bits", type=int, default=4, help="Bits per weight.")
+    p.add_argument("--q-group-size", type=int, default=64, help="Weights that share a scale.")
+    p.add_argument("--dtype", help="float16, bfloat16 or float32 for what stays unquantized; default: the source's.")
+    p.add_argument("--density", type=float, default=1e-3, help="Fraction of the linear layers' weights to train.")
+    p.add_argument("--scope", choices=Scope.__args__, default="global", help="One threshold, or one per tensor.")
+    p.add_argument("--calibration-data", metavar="FILE", help="Text file; default: the text in the package.")
+    p.add_argument("--num-samples", type=int, default=16, help="Calibration sequences.")
+    p.add_argument("--sequence-length", type=int, default=256, help="Tokens in each.")
+    p.add_argument("--seed", type=int, default=0, help="Decides which parts of the text are taken.")
+    return p
+
+
+def _add_train(commands: Any) -> argparse.ArgumentParser:
+    p = _command(commands, "train", _train, "Fine-tune a converted model's sensitive weights.")
+    p.add_argument("-c", "--config", metavar="YAML", help="Settings file with mlx-lm's keys; flags take precedence.")
+    p.add_argument("--resume", action="store_true", help="Go on with the run in the adapter directory.")
+    p.add_argument("--overwrite", action="store_true", help="Replace the run in the adapter directory.")
+    for f in dataclasses.fields(TrainConfig):
+        flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
+        if f.type is bool:
+            p.add_argument(flag, action="store_true", default=None, help=text)
+        elif f.type in (int, float, str):
+            p.add_argument(
+                flag,
+                type=f.type,  # type: ignore[arg-type]
+                default=argparse.SUPPRESS,
+                choices=f.metadata.get("choices"),
+                help=f"{text} (default: {f.default})",
+            )
+    return p
+
+
+def _add_evaluate(commands: Any) -> argparse.ArgumentParser:
+    p = _command(commands, "evaluate", _evaluate, "Measure a model, with or without an adapter, on a data file.")
+    _add_model(p)
+    p.add_argument("--data", required=True, help="A .jsonl file, or a directory whose test.jsonl is taken.")
+    p.add_argument("--batch-size", type=int, default=16, help="Examples at a time.")
+    p.add_argument("--test-batches", type=int, default=-1, help="Batches to evaluate, -1 for all.")
+    p.add_argument("--max-seq-length", type=int, default=2048, help="Longest sequence in tokens.")
+    p.add_argument("--mask-prompt", action="store_true", help="Leave the prompt out of the loss.")
+    return p
+
+
+def _add_generate(commands: Any) -> argparse.ArgumentParser:
+    p = _command(commands, "generate", _generate, "Generate text with a model, with or without an adapter.")
+    _add_model(p)
+    p.add_argument("-p", "--prompt", required=True, help="The prompt; - reads it from standard input.")
+    p.add_argument("-m", "--max-tokens", type=int, default=100, help="Longest continuation.")
+    p.add_argument("--temp", type=float, default=0.0, help="Sampling temperature.")
+    p.add_argument("--top-p", type=float, default=1.0, help="Nucleus sampling.")
+    p.add_argument("--seed", type=int, default=None, help="Makes sampling repeatable.")
+    p.add_argument("--ignore-chat-template", action="store_true", help="Take the prompt as it is.")
+    return p
+
+
+def _add_info(commands: Any) -> argparse.ArgumentParser:
+    p = _command(commands, "info", _info, "Say what is in a model directory, an index or an adapter.")
+    p.add_argument("path", help="Model directory, sensitive.safetensors, or adapter directory.")
+    return p
+
+
+def _add_model(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--model", default="mlx_model", help="MLX model directory.")
+    p.add_argument("--adapter-path", default=None, help="Adapter directory made by `zo-mlx train`.")
+
+
+def _convert(args: argparse.Namespace) -> None:
+    names = "hf_path mlx_path q_bits q_group_size dtype density scope calibration_data num_samples sequence_length seed"
+    done = convert_model(**{name: getattr(args, name) for name in names.split()})
+    if args.json:
+        print(json.dumps(dataclasses.asdict(done)))
+    else:
+        print(
+            f"{done.mlx_path}: {done.trainable:,} of {done.candidates:,} weights are trainable; they hold "
+            f"{done.coverage:.1%} of the Fisher scores' sum. {done.seconds:.0f} s, peak {done.peak_memory / 1e9:.2f} GB"
+        )
+
+
+def _train(args: argparse.Namespace) -> None:
+    names = {f.name for f in dataclasses.fields(TrainConfig)}
+    flags = {k: v for k, v in vars(args).items() if k in names and v is not None}
+    settings = {**(read_yaml(args.config) if args.config else {}), **flags}
+    report = _print_json if args.json else _print_event
+    result = train_model(resume=args.resume, overwrite=args.overwrite, report=report, **settings)
+    if args.json:
+        _print_json({"event": "result", **result_as_dict(result)})
+    else:
+        print(f"{result.adapter_path}: {result.iterations} steps, {result.adapter_bytes / 1e6:.2f} MB")
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    model, tokenizer = load(args.model, args.adapter_path)
+    result = evaluate_model(
+        model,
+        tokenizer,
+        args.data,
+        batch_size=args.batch_size,
+        num_batches=args.test_batches,
+        max_seq_length=args.max_seq_length,
+        mask_prompt=args.mask_prompt,
+    )
+    print(json.dumps(result.as_dict()) if args.json else result)
+
+
+def _generate(args: argparse.Namespace) -> None:
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    model, tokenizer = load(args.model, args.adapter_path)
+    text = generate_text(
+        model,
+        tokenizer,
+        prompt,
+        max_tokens=args.max_tokens,
+        temp=args.temp,
+        top_p=args.top_p,
+        seed=args.seed,
+        ignore_chat_template=args.ignore_chat_template,
+    )
+    print(json.dumps({"text": text}) if args.json else text)
+
+
+def _info(args: argparse.Namespace) -> None:
+    found = info(args.path)
+    print(json.dumps(found) if args.json else as_text(found))
+
+
+def _print_json(event: dict[str, Any]) -> None:
+    print(json.dumps(event), flush=True)
+
+
+def _print_event(event: dict[str, Any]) -> None:
+    if event["event"] == "train":
+        line = (
+            f"Iter {event['iteration']}: Train loss {event['train_loss']:.3f}, "
+            f"Learning Rate {event['learning_rate']:.3e}, It/sec {event['iterations_per_second']:.3f}, "
+            f"Tokens/sec {event['tokens_per_second']:.1f}, Peak mem {event['peak_memory']:.3f} GB"
+        )
+    elif event["event"] == "warning":
+        line = f"Warning: {event['message']}"
+    else:
+        name = "Val" if event["event"] == "validation" else "Test"
+        line = f"Iter {event['iteration']}: {name} loss {event['loss']:.3f}"
+        if "accuracy" in event:
+            line += f", {name} accuracy {event['accuracy']:.1%}, macro-F1 {event['macro_f1']:.3f}"
+        else:
+            line += f", {name} ppl {event['perplexity']:.3f}"
+    print(line, flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; return the exit code: 0, 1 (run-time error), 2 (usage) or 130 (interrupted)."""
+    args = build_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except ZoError as e:
+        return _fail(str(e), e.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except (OSError, RuntimeError, MemoryError) as e:
+        return _fail(" ".join(str(e).split()) or type(e).__name__, ZoError.exit_code)
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"zo-mlx: error: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""Training settings: one dataclass, from which the command line and the YAML reader take names, types and defaults."""
+
+import dataclasses
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from mlx_lm.tuner.utils import build_schedule
+
+from .errors import UsageError
+
+
+def _setting(default: Any, help: str, least: float | None = None, **more: Any) -> Any:
+    return field(default=default, metadata={"help": help, "least": least, **more})
+
+
+@dataclass
+class TrainConfig:
+    """Settings of a training run. Names are those of `mlx_lm.lora` wherever it has the setting."""
+
+    model: str = _setting("mlx_model", "Model directory made by `zo-mlx convert`.")
+    data: str = _setting("data", "Directory with {train, valid, test}.jsonl files.")
+    adapter_path: str = _setting("adapters", "Directory for the result.")
+    seed: int = _setting(0, "Decides data order and directions.", least=0)
+    batch_size: int = _setting(16, "Examples per step.", least=1)
+    iters: int = _setting(1000, "Steps to train for.", least=0)
+    learning_rate: float = _setting(2e-4, "Learning rate, if no lr_schedule is given.", least=0)
+    optimizer: str = _setting("sgd", "Optimizer of the trainable values.", choices=("sgd", "adam"))
+    lr_schedule: dict[str, Any] | None = _setting(None, "mlx-lm's lr_schedule block (YAML only).")
+    epsilon: float = _setting(1e-3, "How far the two branches of a direction lie from the values.", least=1e-8)
+    directions: int = _setting(4, "Directions per step; the batch is divided among them.", least=1)
+    val_batches: int = _setting(25, "Validation batches, -1 for the whole validation set.", least=-1)
+    steps_per_report: int = _setting(10, "Steps between loss reports.", least=1)
+    steps_per_eval: int = _setting(200, "Steps between validations.", least=1)
+    save_every: int = _setting(100, "Steps between snapshots, which make resuming quick.", least=1)
+    max_seq_length: int = _setting(2048, "Longest sequence in tokens.", least=2)
+    mask_prompt: bool = _setting(False, "Leave the prompt out of the loss.")
+    test: bool = _setting(False, "Evaluate on the test set after training.")
+    test_batches: int = _setting(-1, "Test batches, -1 for the whole test set.", least=-1)
+
+    def check(self) -> None:
+        """Raise UsageError for the first setting that is of the wrong type, or out of range."""
+        for f in dataclasses.fields(self):
+            value, kind, least = getattr(self, f.name), f.type, f.metadata["least"]
+            if kind is float and type(value) is int:
+                value = float(value)
+                setattr(self, f.name, value)
+            if kind in (int, float, str, bool) and type(value) is not kind:
+                raise UsageError(f"{f.name} must be {kind.__name__}, not {value!r}")  # type: ignore[union-attr]
+            if least is not None and not (least <= value < float("inf")):
+                raise UsageError(f"{f.name} must be at least {least}, not {value}")
+            if (choices := f.metadata.get("choices")) and value not in choices:
+                raise UsageError(f"{f.name} must be one of {', '.join(choices)}, not {value}")
+        if self.batch_size % self.directions:
+            raise UsageError(f"batch_size ({self.batch_size}) must be a multiple of directions ({self.directions})")
+        if self.lr_schedule is not None:
+            try:
+                build_schedule(self.lr_schedule)
+            except Exception as e:  # mlx-lm looks names and arguments up without checking them
+                raise UsageError(f"lr_schedule is not one that mlx-lm can build: {type(e).__name__}: {e}") from None
+
+
+# Settings that a resumed run may change: they do not alter the sequence of updates already made.
+CHANGEABLE = {
+    "model", "data", "adapter_path", "iters", "val_batches", "steps_per_report", "steps_per_eval", "save_every",
+    "test", "test_batches",
+}  # fmt: skip
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Settings from a YAML file with mlx-lm's keys; keys that zo-mlx does not have are named in one warning.
+
+    Raises:
+        UsageError: the file is missing, not YAML, or not a mapping.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError:
+        raise UsageError(f"no such config file: {path}") from None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:
+        raise UsageError(f"{path} is not readable YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} must hold a mapping of settings, not {type(content).__name__}")
+    known = {f.name for f in dataclasses.fields(TrainConfig)}
+    if unknown := sorted(str(k) for k in content if k not in known):
+        print(f"Warning: {path}: zo-mlx has no settings {', '.join(unknown)}; they are ignored", file=sys.stderr)
+    return {k: v for k, v in content.items() if k in known and v is not None}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as mlx-lm reads it: 1e-5 is a number, which YAML 1.1 takes for a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
+)

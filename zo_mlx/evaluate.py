@@ -1,0 +1,134 @@
+"""Measure a model on a data file: accuracy and macro-F1 over choices, or perplexity."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from .data import Dataset, load_dataset
+from .errors import UsageError
+from .head import Head, split_head
+from .objective import collate, example_losses, scores
+from .progress import Progress
+
+
+@dataclass
+class Evaluation:
+    """Results on one data file.
+
+    Attributes:
+        examples: how many were evaluated.
+        loss: nats; for choices the mean over examples of -log p(right choice), else the mean over target tokens.
+        accuracy: for choices, the share of examples whose right choice scores highest.
+        accuracy_low, accuracy_high: 95% confidence interval of the accuracy (Wilson 1927).
+        macro_f1: for choices, the unweighted mean over choices of their F1.
+        perplexity: for tokens, exp(loss).
+    """
+
+    examples: int
+    loss: float
+    accuracy: float | None = None
+    accuracy_low: float | None = None
+    accuracy_high: float | None = None
+    macro_f1: float | None = None
+    perplexity: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The results that apply."""
+        return {k: v for k, v in asdict(self).items() if v is not None}
+
+    def __str__(self) -> str:
+        if self.accuracy is None:
+            return f"loss {self.loss:.3f}, perplexity {self.perplexity:.3f} ({self.examples} examples)"
+        return (
+            f"loss {self.loss:.3f}, accuracy {self.accuracy:.1%} (95% {self.accuracy_low:.1%} to "
+            f"{self.accuracy_high:.1%}), macro-F1 {self.macro_f1:.3f} ({self.examples} examples)"
+        )
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    data: str | Path,
+    *,
+    batch_size: int = 16,
+    num_batches: int = -1,
+    max_seq_length: int = 2048,
+    mask_prompt: bool = False,
+    progress: bool = True,
+) -> Evaluation:
+    """Evaluate a loaded model on a data file.
+
+    Args:
+        model, tokenizer: from `zo_mlx.load`.
+        data: a `.jsonl` file, or a directory whose `test.jsonl` is taken.
+        batch_size: examples at a time.
+        num_batches: how many batches of the file's first examples; -1 for all.
+        max_seq_length: longest sequence in tokens.
+        mask_prompt: leave the prompt out of the loss.
+        progress: report progress on standard error.
+
+    Raises:
+        UsageError: the data are missing or wrong.
+    """
+    if batch_size < 1:
+        raise UsageError(f"batch_size must be at least 1, not {batch_size}")
+    path = Path(data)
+    path = path / "test.jsonl" if path.is_dir() else path
+    dataset = load_dataset(path, tokenizer, max_seq_length, mask_prompt)
+    return evaluate_dataset(split_head(model), dataset, batch_size, num_batches, progress)
+
+
+def evaluate_dataset(
+    head: Head, dataset: Dataset, batch_size: int, num_batches: int = -1, progress: bool = True
+) -> Evaluation:
+    """As `evaluate`, for a model split at its head and tokenized data."""
+    examples = dataset.examples if num_batches < 0 else dataset.examples[: batch_size * num_batches]
+    # Batches of equal lengths have the least padding.
+    examples = sorted(examples, key=lambda e: e.length)
+    batches = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
+    total, count = 0.0, 0
+    predicted, right = [], []
+    with Progress("Evaluating", len(batches), "batch", enabled=progress) as bar:
+        for part in batches:
+            batch = collate([part])
+            scored = scores(head, batch)[0]
+            if batch.labels is None:
+                total -= float(scored.sum())
+                count += sum(len(e.targets[0]) for e in part)
+            else:
+                total += float(example_losses(scored, batch.labels[0]).sum())
+                count += len(part)
+                winners: list[int] = scored.argmax(axis=-1).tolist()  # type: ignore[assignment]
+                predicted += [e.choices[w] for e, w in zip(part, winners, strict=True)]
+                right += [e.choices[e.label] for e in part if e.label is not None]
+            mx.clear_cache()
+            bar.advance()
+    loss = total / count
+    if dataset.kind == "tokens":
+        return Evaluation(len(examples), loss, perplexity=math.exp(min(loss, 700)))
+    correct = sum(p == r for p, r in zip(predicted, right, strict=True))
+    low, high = wilson_interval(correct, len(examples))
+    return Evaluation(len(examples), loss, correct / len(examples), low, high, macro_f1(predicted, right))
+
+
+def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
+    """95% confidence interval of a proportion (Wilson 1927, J. Am. Stat. Assoc. 22, 209)."""
+    share = successes / trials
+    centre = (share + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z / (1 + z * z / trials) * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def macro_f1(predicted: Sequence[str], right: Sequence[str]) -> float:
+    """Unweighted mean of the F1 of every class that occurs among the right or the predicted ones."""
+    scores_of = []
+    for name in {*right, *predicted}:
+        both = sum(p == r == name for p, r in zip(predicted, right, strict=True))
+        scores_of.append(2 * both / (predicted.count(name) + right.count(name)))  # type: ignore[attr-defined]
+    return sum(scores_of) / len(scores_of)

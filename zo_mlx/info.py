@@ -1,0 +1,123 @@
+"""Say what is in a model directory or an adapter directory."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from . import adapter
+from .errors import UsageError
+from .files import load_safetensors, read_json, sha256
+from .index import FILE_NAME as INDEX
+from .index import SensitiveIndex, read_index
+from .journal import FILE_NAME as JOURNAL
+from .journal import Journal
+from .model import fingerprint, weight_files
+
+
+def info(path: str | Path) -> dict[str, Any]:
+    """Describe a directory (or a sensitive index file in one) as JSON-ready data.
+
+    Raises:
+        UsageError: it is neither a model nor an adapter, or damaged.
+    """
+    directory = Path(path)
+    if directory.is_file() and directory.name == INDEX:
+        directory = directory.parent
+    if not directory.is_dir():
+        raise UsageError(f"no such directory: {directory}")
+    if adapter.has_run(directory):
+        return _adapter(directory)
+    if (directory / "config.json").exists():
+        return _model(directory)
+    raise UsageError(f"{directory} is neither a model directory (no config.json) nor an adapter (no journal)")
+
+
+def _model(directory: Path) -> dict[str, Any]:
+    config = read_json(directory / "config.json")
+    shapes = {}
+    for file in weight_files(directory):
+        for name, array in load_safetensors(file)[0].items():
+            shapes[name.removesuffix(".weight")] = array.shape
+    found: dict[str, Any] = {
+        "kind": "model",
+        "path": str(directory),
+        "model_type": config.get("model_type"),
+        "quantization": config.get("quantization"),
+        "bytes": sum(f.stat().st_size for f in weight_files(directory)),
+        "fingerprint": fingerprint(directory),
+    }
+    if (directory / INDEX).exists():
+        index = read_index(directory)
+        found["index"] = {
+            **index.metadata,
+            "sha256": sha256(directory / INDEX),
+            "matches_model": index.metadata.get("base_model") == found["fingerprint"],
+            "layers": _layers(index, shapes, _bits(config)),
+        }
+    return found
+
+
+def _bits(config: dict[str, Any]) -> int:
+    return (config.get("quantization") or {}).get("bits", 32)
+
+
+def _layers(index: SensitiveIndex, shapes: dict[str, tuple[int, ...]], bits: int) -> list[dict[str, Any]]:
+    layers = []
+    for path, tensor in index.tensors.items():
+        weights = math.prod(shapes.get(path, (0,))) * 32 // bits
+        layers.append(
+            {
+                "path": path,
+                "trainable": tensor.size,
+                "density": tensor.size / weights if weights else None,
+                "score": float(tensor.scores.sum()),
+            }
+        )
+    return layers
+
+
+def _adapter(directory: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {"kind": "adapter", "path": str(directory)}
+    if (directory / JOURNAL).exists():
+        run = Journal.read(directory / JOURNAL)
+        found |= {
+            "journal": run.identity,
+            "steps": len(run.records),
+            "last_loss": run.records[-1].loss if run.records else None,
+            **run.header,
+        }
+    if (directory / adapter.VALUES).exists():
+        snapshot = adapter.read_snapshot(directory)
+        found |= {"trainable": snapshot.values.size, "snapshot_step": snapshot.step}
+        found["values_sha256"] = sha256(directory / adapter.VALUES)
+        found.setdefault("fingerprints", snapshot.fingerprints)
+    return found
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """`info`'s result as lines for people."""
+    lines = []
+    layers: list[dict[str, Any]] = []
+    for key, value in found.items():
+        if key == "index":
+            layers = value["layers"]
+            lines += ["sensitive index"]
+            lines += [f"  {k}: {_short(v)}" for k, v in value.items() if k != "layers"]
+        elif isinstance(value, dict):
+            lines += [key, *(f"  {k}: {_short(v)}" for k, v in value.items() if v is not None)]
+        else:
+            lines.append(f"{key}: {_short(value)}")
+    if layers:
+        total = sum(layer["score"] for layer in layers)
+        width = max(len(layer["path"]) for layer in layers)
+        lines.append(f"{'layer':{width}}  trainable   density  share of the index's scores")
+        lines += [
+            f"{layer['path']:{width}}  {layer['trainable']:9d}  {layer['density'] or math.nan:8.2e}  "
+            f"{layer['score'] / total:6.2%}"
+            for layer in layers
+        ]
+    return "\n".join(lines)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
