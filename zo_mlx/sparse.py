@@ -36,7 +36,7 @@ class SparseLinear(nn.Module):
         # A leading underscore keeps these out of the module's parameters.
         self._columns = mx.array(used.astype(np.uint32))
         self._slots = mx.array((slot * self._out + rows).astype(np.uint32))
-        self._base_values = weight.reshape(-1)[mx.array(indices)].astype(mx.float32)
+        self._base_values = weight.reshape(-1)[mx.array(indices)]
         self._difference: mx.array | None = None
         mx.eval(self._columns, self._slots, self._base_values)
 

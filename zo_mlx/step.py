@@ -25,14 +25,13 @@ def make_loss(sparse: SparseModel, head: Head) -> Loss:
     """The losses of the branches of a step.
 
     Returns:
-        A function of (2q, K) values and the step's examples to (2q,) losses. The examples are divided among the q
-        directions in equal consecutive parts; the two branches of a direction see the same ones.
+        A function of (2q, K) values and the step's examples to (2q,) losses. The examples are dealt out to the q
+        directions, so that each gets its share of every label; the two branches of a direction see the same ones.
     """
 
     def loss(values: mx.array, examples: Sequence[Example]) -> mx.array:
-        share = 2 * len(examples) // len(values)
-        parts = [examples[i : i + share] for i in range(0, len(examples), share)]
-        batch = collate([part for part in parts for _ in range(2)])
+        directions = len(values) // 2
+        batch = collate([examples[d::directions] for d in range(directions) for _ in range(2)])
         sparse.set_values(values)
         return branch_losses(scores(head, batch), batch)
 

@@ -135,7 +135,6 @@ class _Run:
         self.optimizer.init({"values": self.values})
         self.state = self.optimizer.state
         self.done = 0
-        self.lengths = [e.length for e in self.train_set.examples]
         self.epoch: tuple[int, list[np.ndarray]] = (-1, [])
 
     def warn(self, message: str) -> None:
@@ -178,7 +177,8 @@ class _Run:
         """The examples of step `number`, a function of (data, seed, number)."""
         epoch, position = divmod(number - 1, len(self.train_set) // self.config.batch_size)
         if self.epoch[0] != epoch:
-            self.epoch = epoch, batch_order(self.lengths, self.config.batch_size, self.config.seed, epoch)
+            order = batch_order(self.train_set.examples, self.config.batch_size, self.config.seed, epoch)
+            self.epoch = epoch, order
         return [self.train_set.examples[i] for i in self.epoch[1][position]]
 
     def evaluate(self, dataset: Dataset, batches: int) -> Evaluation:

