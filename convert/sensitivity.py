@@ -10,7 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import UsageError
@@ -94,6 +94,6 @@ def fisher_scores(
 
 def check_finite(scores: dict[str, mx.array]) -> None:
     """Raise UsageError if the model's gradients are not finite, as for damaged weights."""
-    bad = [p for p, s in tree_flatten(scores) if not mx.isfinite(s.sum()).item()]
+    bad = [p for p, s in scores.items() if not mx.isfinite(s.sum()).item()]
     if bad:
         raise UsageError(f"the model's gradients are not finite in {len(bad)} layers, e.g. {bad[0]}: damaged weights?")

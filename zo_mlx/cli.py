@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from typing import Any
+from typing import Any, get_args
 
 from . import __version__, load
 from . import convert as convert_model
@@ -45,7 +45,7 @@ def _add_convert(commands: Any) -> argparse.ArgumentParser:
     p.add_argument("--q-group-size", type=int, default=64, help="Weights that share a scale.")
     p.add_argument("--dtype", help="float16, bfloat16 or float32 for what stays unquantized; default: the source's.")
     p.add_argument("--density", type=float, default=1e-3, help="Fraction of the linear layers' weights to train.")
-    p.add_argument("--scope", choices=Scope.__args__, default="global", help="One threshold, or one per tensor.")
+    p.add_argument("--scope", choices=get_args(Scope), default="global", help="One threshold, or one per tensor.")
     p.add_argument("--calibration-data", metavar="FILE", help="Text file; default: the text in the package.")
     p.add_argument("--num-samples", type=int, default=16, help="Calibration sequences.")
     p.add_argument("--sequence-length", type=int, default=256, help="Tokens in each.")

@@ -11,7 +11,9 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 
-_PROBE = mx.array([[1, 3, 2, 0, 1]])
+# The outer model is called on one token that is not among those of the check: a head that looks at tokens must fail it.
+_ANY_TOKEN = [[0]]
+_CHECK_TOKENS = [[1, 3, 2], [2, 1, 3]]
 
 
 class Head:
@@ -45,7 +47,7 @@ def split_head(model: nn.Module) -> Head:
         inner._states = states.reshape(1, -1, states.shape[-1])
         inner.__class__ = stub
         try:
-            out = model(_PROBE)
+            out = model(mx.array(_ANY_TOKEN))
         finally:
             inner.__class__ = original
             del inner._states
@@ -56,9 +58,9 @@ def split_head(model: nn.Module) -> Head:
 
 
 def _equal(model: nn.Module, head: Head) -> bool:
-    expected = model(_PROBE)
+    expected = model(mx.array(_CHECK_TOKENS))[:, 1:]
     try:
-        got = head.logits(head.hidden(_PROBE))
+        got = head.logits(head.hidden(mx.array(_CHECK_TOKENS))[:, 1:])
     except Exception:  # whatever an architecture does with states that are not its own: it is not separable
         return False
     if got.shape != expected.shape:

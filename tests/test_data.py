@@ -1,0 +1,149 @@
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import byte_tokenizer, write_jsonl
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.tuner.datasets import CacheDataset, load_local_dataset
+from mlx_lm.tuner.trainer import iterate_batches
+
+from zo_mlx.data import Example, batch_order, load_dataset
+from zo_mlx.errors import UsageError
+from zo_mlx.objective import collate
+
+CHOICE = {"prompt": "a?", "completion": " yes", "choices": [" yes", " no"]}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> TokenizerWrapper:
+    return TokenizerWrapper(byte_tokenizer())
+
+
+@pytest.mark.parametrize("mask_prompt", [False, True])
+@pytest.mark.parametrize("field", ["text", "prompt", "messages"])
+def test_tokens_and_masks_equal_mlx_lms(
+    field: str, mask_prompt: bool, tmp_path: Path, tokenizer: TokenizerWrapper
+) -> None:
+    """Rows, targets and loss mask are those of mlx-lm's trainer, but for the padding token it counts after the end."""
+    if field == "text" and mask_prompt:
+        pytest.skip("mlx-lm does not mask prompts of plain text")
+    records: list[dict[str, object]] = {
+        "text": [{"text": "hello there"}, {"text": "a longer text, é"}],
+        "prompt": [{"prompt": "hi", "completion": "yes"}, {"prompt": "how are you", "completion": "well"}],
+        "messages": [
+            {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+            {"messages": [{"role": "user", "content": "qq"}, {"role": "assistant", "content": "aaa"}]},
+        ],
+    }[field]
+    path = write_jsonl(tmp_path / "train.jsonl", records)
+
+    ours = load_dataset(path, tokenizer, max_length=512, mask_prompt=mask_prompt).examples
+    config = type("Config", (), {"mask_prompt": mask_prompt})
+    theirs = CacheDataset(load_local_dataset(tmp_path, tokenizer, config)[0])
+
+    for example, record in zip(ours, records, strict=True):
+        number = records.index(record)
+        subset = type("One", (), {"__getitem__": lambda _, i, n=number: theirs[n], "__len__": lambda _: 1})()
+        batch, lengths = next(iterate_batches(subset, 1, 512))
+        steps = mx.arange(1, batch.shape[1])
+        mask = (steps >= lengths[:, 0:1]) & (steps <= lengths[:, 1:]) & (steps < lengths[:, 1:])
+        counted = {(int(i), int(batch[0, i + 1])) for i in np.flatnonzero(np.array(mask[0]))}
+        assert {(t.position, t.token) for t in example.targets[0]} == counted
+        assert example.rows[0] == batch[0, : len(example.rows[0])].tolist()
+
+
+def test_single_token_choices_share_one_row_and_longer_ones_the_fewest(
+    tmp_path: Path, tokenizer: TokenizerWrapper
+) -> None:
+    record = {"prompt": "x", "completion": "ab", "choices": ["ab", "ac", "b", "abcd"]}
+    path = write_jsonl(tmp_path / "d.jsonl", [record])
+    example = load_dataset(path, tokenizer, 100).examples[0]
+    texts = [tokenizer.decode(row) for row in example.rows]
+    assert texts == ["xabc"]  # of which "xa" (for ab, ac) and "x" (for b) are prefixes
+    for choice, targets in zip(record["choices"], example.targets, strict=True):
+        read = [(texts[t.row][: t.position + 1], tokenizer.decode([t.token])) for t in targets]
+        assert read == [("x" + choice[:i], choice[i]) for i in range(len(choice))]
+    assert (example.label, example.choices) == (0, ("ab", "ac", "b", "abcd"))
+
+
+def test_batches_depend_on_seed_and_epoch_alone_and_use_every_example_once() -> None:
+    examples = [Example([[0] * (1 + i % 7)], [[]], label=i % 3) for i in range(103)]
+    first = batch_order(examples, 8, seed=1, epoch=0)
+    assert [b.tolist() for b in first] == [b.tolist() for b in batch_order(examples, 8, 1, 0)]
+    flat = np.concatenate(first)
+    assert len(first) == 12
+    assert len(set(flat.tolist())) == 96
+    for other in (batch_order(examples, 8, 1, 1), batch_order(examples, 8, 2, 0)):
+        assert [b.tolist() for b in first] != [b.tolist() for b in other]
+
+
+def test_batches_have_the_labels_of_the_whole_set() -> None:
+    rng = np.random.default_rng(0)
+    examples = [Example([[0] * rng.integers(1, 50)], [[]], label=int(i < 50)) for i in range(200)]
+    for epoch in range(3):
+        counts = [sum(examples[i].label == 1 for i in batch) for batch in batch_order(examples, 16, 0, epoch)]
+        assert min(counts) >= 3  # 4 of 16 on average
+        assert max(counts) <= 5
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("", "is empty"),
+        ("\n\n", "is empty"),
+        ('{"text": "fine"}\n{"text": \n', "line 2: not JSON"),
+        ('{"text": "fine"}\n[1]\n', "line 2: must be a JSON object"),
+        ('{"question": "a"}\n', r"line 1: fields \['question'\] are none of the known formats"),
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n', "line 2: field 'completion' is missing"),
+        ('{"prompt": "a", "completion": 3}\n', "line 1: field 'completion' must be a non-empty string"),
+        ('{"text": "a"}\n\n{"text": ""}\n', "line 3: field 'text' must be a non-empty string"),
+        ('{"messages": []}\n', "line 1: field 'messages' must be a non-empty list"),
+        ('{"messages": [{"content": "x"}]}\n', "line 1: every message must be an object with a 'role'"),
+        ('{"prompt": "a", "completion": "c", "choices": ["b", "d"]}\n', "line 1: completion 'c' is not among"),
+        ('{"prompt": "a", "completion": "b", "choices": ["b"]}\n', "line 1: field 'choices' must hold at least two"),
+        ('{"prompt": "a", "completion": "b", "choices": ["b", "b"]}\n', "line 1: field 'choices' must hold at least"),
+        ('{"prompt": "a", "completion": "b", "choices": "b"}\n', "line 1: field 'choices' must be a list"),
+        ('{"prompt": "%s", "completion": "b", "choices": ["b", "c"]}\n' % ("a" * 99), "line 1: prompt and choice have"),
+        (
+            '{"prompt": "a", "completion": "b"}\n{"prompt": "%s", "completion": "b"}\n' % ("a" * 99),
+            "line 2: the prompt",
+        ),
+    ],
+)
+def test_wrong_data_are_named_by_file_line_and_field(
+    content: str, problem: str, tmp_path: Path, tokenizer: TokenizerWrapper
+) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text(content)
+    with pytest.raises(UsageError, match=problem) as e:
+        load_dataset(
+            path, tokenizer, max_length=60, mask_prompt=content.startswith('{"prompt": "a", "completion": "b"}')
+        )
+    assert str(path) in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+def test_missing_and_undecodable_files_are_refused(tmp_path: Path, tokenizer: TokenizerWrapper) -> None:
+    with pytest.raises(UsageError, match="no such data file"):
+        load_dataset(tmp_path / "none.jsonl", tokenizer, 100)
+    (tmp_path / "latin.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
+    with pytest.raises(UsageError, match="cannot be read as UTF-8"):
+        load_dataset(tmp_path / "latin.jsonl", tokenizer, 100)
+
+
+def test_long_texts_are_cut_and_counted(tmp_path: Path, tokenizer: TokenizerWrapper) -> None:
+    path = write_jsonl(tmp_path / "d.jsonl", [{"text": "abcdefghij"}, {"text": "abc"}])
+    dataset = load_dataset(path, tokenizer, max_length=6)
+    assert dataset.truncated == 1
+    assert [e.length for e in dataset.examples] == [5, 3]
+
+
+def test_branches_have_equally_many_rows(tmp_path: Path, tokenizer: TokenizerWrapper) -> None:
+    path = write_jsonl(
+        tmp_path / "d.jsonl", [CHOICE, {"prompt": "b", "completion": "xy", "choices": ["xy", "zw", "no"]}]
+    )
+    one, three = load_dataset(path, tokenizer, 100).examples
+    assert (len(one.rows), len(three.rows)) == (2, 3)
+    batch = collate([[one], [three]])
+    assert batch.tokens.shape[0] == 6

@@ -1,0 +1,59 @@
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx_lm.models import cohere2, gemma2, llama, qwen2
+
+from zo_mlx.head import split_head
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 50,
+    "rms_norm_eps": 1e-5,
+    "head_dim": 8,
+}
+ARCHITECTURES = {
+    "tied": (llama, {"model_type": "llama", "tie_word_embeddings": True}),
+    "untied": (llama, {"model_type": "llama", "tie_word_embeddings": False}),
+    "biased": (qwen2, {"model_type": "qwen2", "tie_word_embeddings": True}),
+    "soft-capped": (gemma2, {"model_type": "gemma2", "final_logit_softcapping": 5.0}),
+    "scaled": (cohere2, {"model_type": "cohere2", "logit_scale": 0.3, "num_hidden_layers": 4}),
+}
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_chosen_positions_equal_full_logits(kind: str) -> None:
+    module, changes = ARCHITECTURES[kind]
+    model = module.Model(module.ModelArgs.from_dict({**SIZES, **changes}))
+    head = split_head(model)
+    tokens = mx.random.randint(0, 50, (3, 9))
+    full = model(tokens)
+    states = head.hidden(tokens)
+    assert states.shape == (3, 9, 32), "the head was not separated"
+    at = mx.array([[0, 4], [2, 8], [1, 0]])
+    chosen = head.logits(states[at[:, 0], at[:, 1]])
+    assert mx.abs(chosen - full[at[:, 0], at[:, 1]]).max() < 1e-5
+    assert mx.array_equal(model(tokens), full), "splitting changed the model"
+
+
+class _Unusual(nn.Module):
+    """A model whose head also looks at the tokens: it cannot be separated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Embedding(50, 16)
+        self.out = nn.Linear(16, 50)
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        return self.out(self.model(tokens)) + tokens[..., None] * 0.1
+
+
+def test_a_head_that_cannot_be_separated_falls_back_to_full_logits() -> None:
+    model = _Unusual()
+    head = split_head(model)
+    tokens = mx.array([[5, 6, 7], [8, 9, 10]])
+    assert mx.array_equal(head.logits(head.hidden(tokens)), model(tokens))
+    assert head.hidden(tokens).shape == (2, 3, 50)

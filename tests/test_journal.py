@@ -1,0 +1,71 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from zo_mlx.errors import UsageError
+from zo_mlx.journal import Journal, Record
+
+HEADER = {"directions": 2, "config": {"seed": 3}, "fingerprints": {"base_model": "ab"}}
+RECORD_SIZE = 8 + 4 + 2 * 4 + 4
+
+
+def _write(path: Path, count: int, header: dict[str, object] = HEADER) -> bytes:
+    with Journal.create(path, header) as journal:
+        for n in range(1, count + 1):
+            journal.append(Record(n, 0.5 * n, np.array([n, -n], np.float32)))
+    return path.read_bytes()
+
+
+def test_what_is_appended_is_read_back(tmp_path: Path) -> None:
+    content = _write(tmp_path / "journal", 3)
+    journal = Journal.read(tmp_path / "journal")
+    assert journal.header == HEADER
+    assert [(r.step, r.loss, r.projected.tolist()) for r in journal.records] == [
+        (1, 0.5, [1, -1]),
+        (2, 1.0, [2, -2]),
+        (3, 1.5, [3, -3]),
+    ]
+    assert len(content) - len(_write(tmp_path / "empty", 0)) == 3 * RECORD_SIZE
+
+
+def test_a_journal_cut_at_any_byte_keeps_its_whole_records_and_goes_on(tmp_path: Path) -> None:
+    content = _write(tmp_path / "journal", 3)
+    start = len(content) - 3 * RECORD_SIZE
+    for length in range(start, len(content)):
+        path = tmp_path / "cut"
+        path.write_bytes(content[:length])
+        whole = (length - start) // RECORD_SIZE
+        assert len(Journal.read(path).records) == whole
+        assert path.stat().st_size == length, "reading must not write"
+        with Journal.resume(path) as journal:
+            journal.append(Record(whole + 1, 0.5 * (whole + 1), np.array([whole + 1, -whole - 1], np.float32)))
+        assert path.read_bytes() == content[: start + (whole + 1) * RECORD_SIZE]
+
+
+def test_a_journal_cut_in_its_header_is_refused(tmp_path: Path) -> None:
+    content = _write(tmp_path / "journal", 1)
+    for length in range(len(content) - RECORD_SIZE):
+        (tmp_path / "cut").write_bytes(content[:length])
+        with pytest.raises(UsageError, match="cut"):
+            Journal.read(tmp_path / "cut")
+
+
+def test_any_changed_byte_is_detected(tmp_path: Path) -> None:
+    content = _write(tmp_path / "journal", 3)
+    last = len(content) - RECORD_SIZE
+    for at in range(len(content)):
+        changed = bytearray(content)
+        changed[at] ^= 1
+        (tmp_path / "bad").write_bytes(changed)
+        if at >= last:  # could be a torn write: the record does not count
+            assert len(Journal.read(tmp_path / "bad").records) == 2
+        else:
+            with pytest.raises(UsageError, match="damaged|not a zo-mlx journal"):
+                Journal.read(tmp_path / "bad")
+
+
+def test_records_of_another_run_are_not_taken(tmp_path: Path) -> None:
+    ours, theirs = _write(tmp_path / "a", 2), _write(tmp_path / "b", 2, {**HEADER, "config": {"seed": 4}})
+    (tmp_path / "mixed").write_bytes(ours[:-RECORD_SIZE] + theirs[-RECORD_SIZE:])
+    assert len(Journal.read(tmp_path / "mixed").records) == 1

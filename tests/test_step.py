@@ -1,0 +1,78 @@
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from zo_mlx import estimator
+from zo_mlx.config import TrainConfig
+from zo_mlx.data import Example
+from zo_mlx.step import make_optimizer, replay, step
+
+RNG = np.random.default_rng(0)
+MATRIX = RNG.normal(size=(8, 50))
+EXAMPLES = [Example([[i]], [[]]) for i in range(8)]
+START = RNG.normal(size=50).astype(np.float32)
+
+
+def _losses_of(values: np.ndarray, examples: Sequence[Example]) -> np.ndarray:
+    """Squared errors: each direction's two branches see every q-th example."""
+    directions = len(values) // 2
+    result = []
+    for p, v in enumerate(values):
+        rows = [e.rows[0][0] for e in examples[p // 2 :: directions]]
+        result.append(np.mean((MATRIX[rows] @ v - 1) ** 2))
+    return np.array(result)
+
+
+def _loss(values: mx.array, examples: Sequence[Example]) -> mx.array:
+    return mx.array(_losses_of(np.array(values, np.float64), examples).astype(np.float32))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_three_steps_equal_the_same_steps_in_numpy(optimizer: str) -> None:
+    config = TrainConfig(optimizer=optimizer, learning_rate=1e-3, epsilon=1e-2, directions=2, batch_size=8, seed=5)
+    update = make_optimizer(config)
+    values = mx.array(START)
+    update.init({"values": values})
+    state = update.state
+
+    expected, first, second = START.astype(np.float64), np.zeros(50), np.zeros(50)
+    for number in (1, 2, 3):
+        values, state, record = step(_loss, update, values, state, EXAMPLES, number, config)
+
+        z = np.array(estimator.directions(5, number, 2, 50), np.float64)
+        plus = _losses_of(np.repeat(expected + 1e-2 * z, 2, axis=0), EXAMPLES)[::2]
+        minus = _losses_of(np.repeat(expected - 1e-2 * z, 2, axis=0), EXAMPLES)[::2]
+        projected = (plus - minus) / 2e-2
+        gradient = (projected[:, None] * z).mean(axis=0)
+        if optimizer == "sgd":
+            expected = expected - 1e-3 * gradient
+        else:  # Kingma & Ba 2014, without bias correction, as mlx.optimizers does by default
+            first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+            expected = expected - 1e-3 * first / (np.sqrt(second) + 1e-8)
+
+        assert record.step == number
+        assert np.allclose(record.projected, projected, rtol=1e-3)
+        assert np.allclose(np.array(values), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", [None, {"name": "cosine_decay", "arguments": [1e-3, 5], "warmup": 2}])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_replay_repeats_steps_bit_by_bit(optimizer: str, schedule: dict[str, object] | None) -> None:
+    config = TrainConfig(optimizer=optimizer, learning_rate=1e-3, directions=4, lr_schedule=schedule)
+    update = make_optimizer(config)
+    start = mx.array(START)
+    update.init({"values": start})
+    values, state, records = start, update.state, []
+    initial = dict(state)
+    for number in range(1, 7):
+        values, state, record = step(_loss, update, values, state, EXAMPLES, number, config)
+        records.append(record)
+
+    again = make_optimizer(config)
+    again.init({"values": start})
+    replayed, replayed_state = replay(again, start, again.state, records, config)
+    assert mx.array_equal(replayed, values)
+    assert replayed_state["learning_rate"].item() == state["learning_rate"].item()
+    assert initial["step"].item() == 0, "a step changed the state it was given"
