@@ -63,7 +63,7 @@ def run_on_full_disk(code: str, size: int) -> str:
     """Run Python code in which no file can grow past `size` bytes; return its last line of output."""
     command = [sys.executable, "-c", FULL_DISK, str(size), code]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    return (done.stdout + done.stderr).strip().splitlines()[-1]
+    return (done.stdout.strip() or done.stderr.strip()).splitlines()[-1]
 
 
 def test_mlx_failing_to_write_is_one_clear_line(tmp_path: Path) -> None:

@@ -1,0 +1,248 @@
+import json
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+import numpy as np
+import pytest
+from conftest import write_hf_llama
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.models import llama
+from test_files import run_on_full_disk
+from zo_mlx.convert.sensitivity import calibration_sequences, fisher_scores, scored_layers
+
+import zo_mlx
+from zo_mlx.errors import UsageError, ZoError
+from zo_mlx.index import read_index
+from zo_mlx.model import fingerprint
+
+SMALL = {"num_samples": 2, "sequence_length": 16, "progress": False}
+
+
+def _random_model(vocabulary: int = 40) -> llama.Model:
+    mx.random.seed(1)
+    config = {
+        "model_type": "llama",
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": vocabulary,
+        "rms_norm_eps": 1e-5,
+    }
+    return llama.Model(llama.ModelArgs.from_dict(config))
+
+
+def _float64_loss(model: llama.Model, path: str, weight: np.ndarray, tokens: np.ndarray) -> float:
+    model.update(tree_unflatten([(f"{path}.weight", mx.array(weight))]))
+    logits = np.array(model(mx.array(tokens[None, :-1])), np.float64)[0]
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return -log_p[np.arange(len(tokens) - 1), tokens[1:]].mean()
+
+
+def test_scores_equal_squared_gradients_of_the_dense_model() -> None:
+    """Against MLX's gradient of the plain model, and finite differences of a loss computed in numpy."""
+    model = _random_model()
+    sequences = np.random.default_rng(0).integers(0, 40, (3, 12)).astype(np.int32)
+    before = dict(tree_flatten(model.parameters()))
+    scores = fisher_scores(model, sequences)
+    assert all(mx.array_equal(w, before[k]) for k, w in tree_flatten(model.parameters())), "the model was changed"
+    assert set(scores) == {p for p, m in model.named_modules() if isinstance(m, nn.Linear) and "layers" in p}
+
+    def loss(model: llama.Model, tokens: mx.array) -> mx.array:
+        return nn.losses.cross_entropy(model(tokens[None, :-1])[0], tokens[1:], reduction="mean")
+
+    gradients = [dict(tree_flatten(nn.value_and_grad(model, loss)(model, mx.array(s))[1])) for s in sequences]
+    for path, score in scores.items():
+        expected = np.mean([np.array(g[f"{path}.weight"], np.float64) ** 2 for g in gradients], axis=0)
+        assert np.allclose(np.array(score), expected, rtol=1e-3, atol=1e-4 * expected.max())
+
+    for path in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
+        weight = np.array(before[f"{path}.weight"])
+        at = np.unravel_index(np.array(scores[path]).argmax(), weight.shape)
+        squares = []
+        for tokens in sequences:
+            sides = []
+            for h in (1e-2, -1e-2):
+                moved = weight.copy()
+                moved[at] += h
+                sides.append(_float64_loss(model, path, moved, tokens))
+            squares.append(((sides[0] - sides[1]) / 2e-2) ** 2)
+        model.update(tree_unflatten([(f"{path}.weight", mx.array(weight))]))
+        assert scores[path][at].item() == pytest.approx(np.mean(squares), rel=0.02)
+
+
+def test_calibration_sequences_are_distinct_windows_of_the_text(tiny_hf: Path) -> None:
+    _, tokenizer = mlx_lm.load(str(tiny_hf))
+    text = "".join(chr(97 + i % 26) + chr(97 + i // 26) for i in range(200))
+    all_tokens = tokenizer.encode(text)
+    sequences = calibration_sequences(tokenizer, text, 5, 40, seed=1)
+    assert sequences.shape == (5, 40)
+    starts = [next(i for i in range(0, 400, 40) if all_tokens[i : i + 40] == s.tolist()) for s in sequences]
+    assert len(set(starts)) == 5
+    assert (sequences == calibration_sequences(tokenizer, text, 5, 40, seed=1)).all()
+    assert (sequences != calibration_sequences(tokenizer, text, 5, 40, seed=2)).any()
+    with pytest.raises(UsageError, match="400 tokens, but 11 samples of 40 need 440"):
+        calibration_sequences(tokenizer, text, 11, 40, seed=1)
+
+
+@pytest.mark.parametrize("settings", [{}, {"q_bits": 8, "q_group_size": 32}, {"dtype": "float16"}])
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32])
+def test_tensors_are_bit_identical_to_mlx_lm_convert(
+    settings: dict[str, object], dtype: mx.Dtype, tmp_path: Path
+) -> None:
+    source = write_hf_llama(tmp_path / "hf", dtype, tie_word_embeddings=False)
+    zo_mlx.convert(str(source), str(tmp_path / "ours"), **SMALL, **settings)
+    mlx_lm.convert(str(source), str(tmp_path / "stock"), quantize=True, **settings)
+    ours, stock = (mx.load(str(tmp_path / d / "model.safetensors")) for d in ("ours", "stock"))
+    assert set(ours) == set(stock)
+    for name, expected in stock.items():
+        assert ours[name].dtype == expected.dtype
+        assert mx.array_equal(ours[name], expected), name
+    configs = [json.loads((tmp_path / d / "config.json").read_text()) for d in ("ours", "stock")]
+    assert configs[0] == configs[1]
+
+
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+def test_the_index_holds_the_weights_with_the_highest_scores(scope: str, tiny_hf: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = zo_mlx.convert(str(tiny_hf), str(out), density=0.02, scope=scope, **SMALL)
+    index = read_index(out)
+    model, tokenizer = mlx_lm.load(str(tiny_hf))
+    text = (Path(zo_mlx.__file__).parents[1] / "convert" / "calibration.txt").read_text()
+    scores = fisher_scores(model, calibration_sequences(tokenizer, text, 2, 16, seed=0))
+    weights = dict(tree_flatten(model.parameters()))
+    total = sum(s.size for s in scores.values())
+    assert done.candidates == total
+    assert index.size == done.trainable == pytest.approx(0.02 * total, abs=len(scores))
+    lowest_in, highest_out = [], []
+    for path, tensor in index.tensors.items():
+        flat = np.array(scores[path]).ravel()
+        assert np.array_equal(flat[tensor.indices], tensor.scores)
+        assert mx.array_equal(weights[f"{path}.weight"].reshape(-1)[mx.array(tensor.indices)], tensor.values)
+        lowest_in.append(flat[tensor.indices].min())
+        highest_out.append(np.delete(flat, tensor.indices).max())
+    if scope == "global":
+        assert min(lowest_in) >= max(highest_out)
+    else:
+        assert list(index.tensors) == scored_layers(model)
+        assert all(inside >= outside for inside, outside in zip(lowest_in, highest_out, strict=True))
+    covered = sum(float(t.scores.sum(dtype=np.float64)) for t in index.tensors.values())
+    assert done.coverage == pytest.approx(covered / sum(float(s.sum()) for s in scores.values()), rel=1e-4)
+    assert index.metadata["coverage"] == done.coverage
+    assert index.metadata["scope"] == scope
+    assert index.metadata["base_model"] == fingerprint(out)
+
+
+def test_stock_mlx_lm_loads_and_generates(tiny: Path) -> None:
+    model, tokenizer = mlx_lm.load(str(tiny))
+    assert isinstance(mlx_lm.generate(model, tokenizer, "hello", max_tokens=4), str)
+
+
+def test_the_same_inputs_give_the_same_index(tiny_hf: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        zo_mlx.convert(str(tiny_hf), str(tmp_path / name), density=0.02, **SMALL)
+    assert (tmp_path / "a/sensitive.safetensors").read_bytes() == (tmp_path / "b/sensitive.safetensors").read_bytes()
+
+
+def _no_config(path: Path) -> None:
+    (path / "config.json").unlink()
+
+
+def _no_weights(path: Path) -> None:
+    (path / "model.safetensors").unlink()
+
+
+def _truncated(path: Path) -> None:
+    content = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(content[: len(content) // 2])
+
+
+def _missing_tensor(path: Path) -> None:
+    arrays = mx.load(str(path / "model.safetensors"))
+    arrays.pop("model.norm.weight")
+    mx.save_safetensors(str(path / "model.safetensors"), arrays)
+
+
+def _not_finite(path: Path) -> None:
+    arrays = mx.load(str(path / "model.safetensors"))
+    arrays["model.norm.weight"] = arrays["model.norm.weight"] * float("nan")
+    mx.save_safetensors(str(path / "model.safetensors"), arrays)
+
+
+def _no_tokenizer(path: Path) -> None:
+    for file in path.glob("tokenizer*"):
+        file.unlink()
+
+
+def _config(**changes: object) -> object:
+    def change(path: Path) -> None:
+        config = {**json.loads((path / "config.json").read_text()), **changes}
+        (path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (shutil.rmtree, "no such model"),
+        (_no_config, "config.json is missing"),
+        (_no_weights, "has no model"),
+        (_truncated, "truncated or not a safetensors file"),
+        (_missing_tensor, "cannot be loaded"),
+        (_not_finite, "gradients are not finite"),
+        (_no_tokenizer, "the tokenizer cannot be loaded"),
+        (_config(model_type=None), "has no model_type"),
+        (_config(model_type="nothing"), "nothing not supported"),
+        (_config(hidden_size=None), "cannot be loaded"),
+        (_config(hidden_size="wide"), "cannot be loaded"),
+        (_config(model_file="evil.py"), "needs custom code"),
+        (_config(quantization={"bits": 4}), "already quantized"),
+    ],
+)
+def test_bad_sources_are_one_clear_line_and_leave_nothing(damage: object, problem: str, tmp_path: Path) -> None:
+    source = write_hf_llama(tmp_path / "hf")
+    damage(source)
+    with pytest.raises(UsageError, match=problem) as e:
+        zo_mlx.convert(str(source), str(tmp_path / "out"), **SMALL)
+    assert "\n" not in str(e.value)
+    assert {p.name for p in tmp_path.iterdir()} <= {"hf"}
+
+
+def test_existing_output_is_not_touched(tiny_hf: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UsageError, match="already exists"):
+        zo_mlx.convert(str(tiny_hf), str(tmp_path / "out"), **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"density": 0.0}, "--density"),
+        ({"num_samples": 0}, "--num-samples"),
+        ({"sequence_length": 1}, "--sequence-length"),
+        ({"dtype": "int4"}, "--dtype"),
+        ({"calibration_data": "/nowhere.txt"}, "cannot be read"),
+        ({"q_bits": 7}, "bits"),
+        ({"q_group_size": 48}, "group"),
+    ],
+)
+def test_bad_settings_are_refused(settings: dict[str, object], problem: str, tiny_hf: Path, tmp_path: Path) -> None:
+    with pytest.raises(ZoError, match=problem):
+        zo_mlx.convert(str(tiny_hf), str(tmp_path / "out"), **{**SMALL, **settings})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_one_clear_line_and_leaves_nothing(tiny_hf: Path, tmp_path: Path) -> None:
+    code = f"""
+try:
+    zo_mlx.convert({str(tiny_hf)!r}, {str(tmp_path / "out")!r}, num_samples=1, sequence_length=8, progress=False)
+except ZoError as e:
+    print("ZoError", e)
+"""
+    assert run_on_full_disk(code, 20000).startswith("ZoError cannot write")
+    assert list(tmp_path.iterdir()) == []
