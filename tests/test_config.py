@@ -1,0 +1,52 @@
+from pathlib import Path
+
+import pytest
+
+import zo_mlx
+from zo_mlx.config import TrainConfig, read_yaml
+from zo_mlx.errors import UsageError
+
+
+def test_yaml_uses_mlx_lms_keys_and_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "lora.yaml"
+    path.write_text(
+        "model: m\ntrain: true\nlearning_rate: 1e-5\niters: 20\nnum_layers: 8\nbatch_size: 8\n"
+        "lr_schedule:\n  name: cosine_decay\n  warmup: 10\n  arguments: [1e-5, 100, 1e-7]\n"
+    )
+    settings = read_yaml(path)
+    config = TrainConfig(**settings)
+    config.check()
+    assert (config.learning_rate, config.iters, config.batch_size) == (1e-5, 20, 8)
+    warning = capsys.readouterr().err.strip().splitlines()
+    assert len(warning) == 1
+    assert "no settings num_layers, train; they are ignored" in warning[0]
+
+
+@pytest.mark.parametrize("content", ["a: [", "just text", "- 1", "\x00"])
+def test_bad_yaml_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(content)
+    with pytest.raises(UsageError, match=r"c\.yaml") as e:
+        read_yaml(tmp_path / "c.yaml")
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"iters": -1}, "iters must be at least 0, not -1"),
+        ({"iters": 1.5}, "iters must be int, not 1.5"),
+        ({"batch_size": "8"}, "batch_size must be int"),
+        ({"learning_rate": float("nan")}, "learning_rate must be at least 0"),
+        ({"learning_rate": float("inf")}, "learning_rate must be at least 0"),
+        ({"epsilon": 0.0}, "epsilon must be at least"),
+        ({"optimizer": "sgdd"}, "optimizer must be one of"),
+        ({"batch_size": 6, "directions": 4}, r"batch_size \(6\) must be a multiple of directions \(4\)"),
+        ({"mask_prompt": 1}, "mask_prompt must be bool"),
+        ({"lr_schedule": {"name": "nothing", "arguments": [1]}}, "lr_schedule is not one that mlx-lm can build"),
+        ({"lr_schedule": [1]}, "lr_schedule is not one that mlx-lm can build"),
+        ({"learnin_rate": 1.0}, "no such settings: learnin_rate"),
+    ],
+)
+def test_settings_out_of_range_are_named(settings: dict[str, object], problem: str) -> None:
+    with pytest.raises(UsageError, match=problem):
+        zo_mlx.train(**settings)  # type: ignore[arg-type]

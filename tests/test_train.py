@@ -1,0 +1,202 @@
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import write_jsonl
+from test_files import run_on_full_disk
+
+import zo_mlx
+from zo_mlx import adapter, estimator
+from zo_mlx.errors import Interrupted, UsageError, ZoError
+from zo_mlx.index import FILE_NAME, read_index
+from zo_mlx.journal import Journal
+from zo_mlx.model import load_sparse
+
+FAST = {"iters": 6, "batch_size": 4, "directions": 2, "save_every": 3, "steps_per_eval": 4, "progress": False}
+
+
+def _train(tiny: Path, data: Path, out: Path, **changes: Any) -> zo_mlx.TrainResult:
+    return zo_mlx.train(**{**FAST, "model": str(tiny), "data": str(data), "adapter_path": str(out), **changes})
+
+
+def _values(out: Path) -> np.ndarray:
+    return np.array(adapter.read_snapshot(out).values)
+
+
+def test_training_lowers_the_loss(tiny: Path, choice_data: Path, tmp_path: Path) -> None:
+    result = _train(tiny, choice_data, tmp_path / "a", iters=60, batch_size=16, directions=8, learning_rate=2e-3)
+    assert result.before is not None
+    assert result.after is not None
+    assert result.after.loss < 0.8 * result.before.loss
+    model, tokenizer = zo_mlx.load(tiny, tmp_path / "a")
+    again = zo_mlx.evaluate(model, tokenizer, choice_data / "valid.jsonl", progress=False)
+    assert again.loss == pytest.approx(result.after.loss, abs=1e-5)
+
+
+def test_the_journal_alone_gives_the_values(tiny: Path, choice_data: Path, tmp_path: Path) -> None:
+    """Replayed in numpy from the file: v - lr * mean(g z), with z from the documented key."""
+    _train(tiny, choice_data, tmp_path / "a", learning_rate=1e-3, seed=9)
+    journal = Journal.read(tmp_path / "a/journal")
+    assert [r.step for r in journal.records] == [1, 2, 3, 4, 5, 6]
+    values = np.array(read_index(tiny).initial_values(), np.float64)
+    for record in journal.records:
+        z = np.array(estimator.directions(9, record.step, 2, len(values)), np.float64)
+        values -= 1e-3 * (record.projected[:, None] * z).mean(axis=0)
+    assert np.abs(values - _values(tmp_path / "a")).max() < 1e-6
+
+
+@pytest.mark.parametrize("keep", ["everything", "journal", "old optimizer"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_resuming_is_bit_identical(optimizer: str, keep: str, tiny: Path, choice_data: Path, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    settings = {"optimizer": optimizer, "learning_rate": 1e-3}
+    _train(tiny, choice_data, whole, **settings)
+    _train(tiny, choice_data, parts, **settings, iters=2)
+    old = (parts / adapter.OPTIMIZER).read_bytes()
+    _train(tiny, choice_data, parts, resume=True, iters=5)
+    if keep == "journal":
+        adapter.remove_run(parts)
+    elif keep == "old optimizer":
+        (parts / adapter.OPTIMIZER).write_bytes(old)
+    _train(tiny, choice_data, parts, resume=True, iters=6)
+    assert (_values(parts) == _values(whole)).all()
+    old_records, new_records = (Journal.read(d / "journal").records for d in (whole, parts))
+    assert [(r.step, r.loss, r.projected.tolist()) for r in old_records] == [
+        (r.step, r.loss, r.projected.tolist()) for r in new_records
+    ]
+
+
+def test_a_run_is_not_overwritten_unasked(tiny: Path, choice_data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    _train(tiny, choice_data, out)
+    before = (out / "journal").read_bytes()
+    with pytest.raises(UsageError, match="already holds a run; give --resume .* or --overwrite"):
+        _train(tiny, choice_data, out, seed=1)
+    assert (out / "journal").read_bytes() == before
+    with pytest.raises(UsageError, match="no such data file"):  # found before anything is removed
+        _train(tiny, tmp_path / "nowhere", out, overwrite=True)
+    assert (out / "journal").read_bytes() == before
+    _train(tiny, choice_data, out, seed=1, overwrite=True)
+    assert (out / "journal").read_bytes() != before
+
+
+def test_resuming_with_other_settings_or_files_is_refused(tiny: Path, choice_data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    _train(tiny, choice_data, out)
+    with pytest.raises(UsageError, match=r"keeps its settings: learning_rate was"):
+        _train(tiny, choice_data, out, resume=True, learning_rate=0.5)
+    data = tmp_path / "data"
+    shutil.copytree(choice_data, data)
+    lines = (data / "train.jsonl").read_text().splitlines(keepends=True)
+    (data / "train.jsonl").write_text("".join(reversed(lines)))
+    with pytest.raises(UsageError, match=r"train\.jsonl changed since it began"):
+        _train(tiny, data, out, resume=True)
+    with pytest.raises(UsageError, match="holds no training run"):
+        _train(tiny, choice_data, tmp_path / "none", resume=True)
+
+
+def test_an_index_or_adapter_of_another_model_is_refused(
+    tiny: Path, tiny_hf: Path, choice_data: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    settings = {"density": 0.01, "q_group_size": 32, "num_samples": 4, "sequence_length": 32, "progress": False}
+    zo_mlx.convert(str(tiny_hf), str(other), **{**settings, "q_bits": 8})
+    _train(tiny, choice_data, tmp_path / "a")
+    with pytest.raises(UsageError, match="was trained on another model: base_model and index differs"):
+        zo_mlx.load(other, tmp_path / "a")
+    shutil.copy(tiny / FILE_NAME, other)
+    with pytest.raises(UsageError, match="belongs to another model"):
+        load_sparse(other)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
+    tiny: Path, choice_data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "a"
+    with pytest.raises(ZoError, match=r"the loss is not finite at step \d+: stopped; the state after step (\d+)"):
+        _train(tiny, choice_data, out, iters=50, learning_rate=1e30)
+    snapshot = adapter.read_snapshot(out)
+    assert snapshot.step == len(Journal.read(out / "journal").records)
+    assert np.isfinite(np.array(snapshot.values)).all()
+
+
+def _interrupt_at(step: int) -> Callable[[dict[str, Any]], None]:
+    def report(event: dict[str, Any]) -> None:
+        if event["event"] == "train" and event["iteration"] == step:
+            raise KeyboardInterrupt
+
+    return report
+
+
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tiny: Path, choice_data: Path, tmp_path: Path) -> None:
+    _train(tiny, choice_data, tmp_path / "whole")
+    with pytest.raises(Interrupted, match="stopped after step 2; go on with the same command and --resume"):
+        _train(tiny, choice_data, tmp_path / "a", report=_interrupt_at(2), steps_per_report=1)
+    _train(tiny, choice_data, tmp_path / "a", resume=True)
+    assert (_values(tmp_path / "a") == _values(tmp_path / "whole")).all()
+
+
+def test_a_full_disk_stops_the_run_and_resuming_works(tiny: Path, choice_data: Path, tmp_path: Path) -> None:
+    _train(tiny, choice_data, tmp_path / "whole", iters=40)
+    arguments = {**FAST, "model": str(tiny), "data": str(choice_data), "adapter_path": str(tmp_path / "a"), "iters": 40}
+    code = f"""
+try:
+    zo_mlx.train(**{arguments!r})
+except ZoError as e:
+    print("ZoError", e)
+"""
+    # The values (larger) never fit; then the journal stops fitting.
+    size = (tmp_path / "whole/journal").stat().st_size
+    assert run_on_full_disk(code, size - 100).startswith("ZoError cannot write")
+    _train(tiny, choice_data, tmp_path / "a", iters=40, resume=True)
+    assert (_values(tmp_path / "a") == _values(tmp_path / "whole")).all()
+
+
+@pytest.mark.parametrize("field", ["text", "completion", "messages"])
+def test_mlx_lms_formats_train_and_give_perplexity(field: str, tiny: Path, tmp_path: Path) -> None:
+    texts = [f"the {w} is red" for w in ["cat", "dog", "hen", "cow", "ant", "bee", "owl", "fox"]]
+    records: list[dict[str, object]] = {
+        "text": [{"text": t} for t in texts],
+        "completion": [{"prompt": t, "completion": "ok"} for t in texts],
+        "messages": [
+            {"messages": [{"role": "user", "content": t}, {"role": "assistant", "content": "ok"}]} for t in texts
+        ],
+    }[field]
+    for split in ("train", "valid"):
+        write_jsonl(tmp_path / f"data/{split}.jsonl", records)
+    result = _train(tiny, tmp_path / "data", tmp_path / "a", iters=30, learning_rate=1e-3, mask_prompt=field != "text")
+    assert result.before is not None
+    assert result.after is not None
+    assert result.after.perplexity is not None
+    assert result.after.loss < result.before.loss
+
+
+def test_events_carry_mlx_lms_names(tiny: Path, choice_data: Path, tmp_path: Path) -> None:
+    events: list[dict[str, Any]] = []
+    _train(tiny, choice_data, tmp_path / "a", report=events.append, steps_per_report=3, test=True)
+    kinds = [(e["event"], e.get("iteration")) for e in events]
+    assert kinds == [
+        ("validation", 0), ("train", 3), ("validation", 4), ("train", 6), ("validation", 6), ("test", 6),
+    ]  # fmt: skip
+    assert {"train_loss", "learning_rate", "iterations_per_second", "tokens_per_second", "peak_memory"} < set(events[1])
+    json.dumps(events)
+
+
+def test_generate_uses_the_adapter(tiny: Path, choice_data: Path, tmp_path: Path) -> None:
+    """Greedy decoding with key-value caches equals greedy decoding by full passes, with the trained values."""
+    _train(tiny, choice_data, tmp_path / "a", learning_rate=0.05)
+    model, tokenizer = zo_mlx.load(tiny, tmp_path / "a")
+    tokens = tokenizer.encode("stone ->")
+    expected = []
+    for _ in range(5):
+        expected.append(int(model(mx.array([tokens + expected]))[0, -1].argmax()))
+    text = zo_mlx.generate(model, tokenizer, "stone ->", max_tokens=5)
+    assert text == tokenizer.decode(expected)
+    base, _ = zo_mlx.load(tiny)
+    probe = mx.array([tokens])
+    assert mx.abs(base(probe) - model(probe)).max() > 1e-3
