@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from pathlib import Path
 from typing import Any, get_args
 
 from . import __version__, load
@@ -122,7 +123,7 @@ def _convert(args: argparse.Namespace) -> None:
 def _train(args: argparse.Namespace) -> None:
     names = {f.name for f in dataclasses.fields(TrainConfig)}
     flags = {k: v for k, v in vars(args).items() if k in names and v is not None}
-    settings = {**(read_yaml(args.config) if args.config else {}), **flags}
+    settings = {**(read_yaml(Path(args.config)) if args.config else {}), **flags}
     report = _print_json if args.json else _print_event
     result = train_model(resume=args.resume, overwrite=args.overwrite, report=report, **settings)
     if args.json:

@@ -1,0 +1,33 @@
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="macOS has Accelerate and Metal")
+
+
+def _run(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+def test_mlx_products_run_in_openblas() -> None:
+    """MLX's symbol resolves to OpenBLAS: the linker's global scope has its cblas_sgemm first."""
+    done = _run(
+        "import zo_mlx, ctypes, os\n"
+        "address = ctypes.cast(ctypes.CDLL(None).cblas_sgemm, ctypes.c_void_p).value\n"
+        "for line in open('/proc/self/maps'):\n"
+        "    low, high = (int(x, 16) for x in line.split()[0].split('-'))\n"
+        "    if low <= address < high: print(os.path.basename(line.split()[-1]))\n"
+        "import mlx.core as mx\n"
+        "print(float((mx.ones((64, 64)) @ mx.ones((64, 64))).sum()))\n"
+    )
+    library, result = done.stdout.split()
+    assert library.startswith("libopenblas")
+    assert float(result) == 64**3
+
+
+def test_mlx_imported_first_is_one_warning() -> None:
+    done = _run("import mlx.core, zo_mlx")
+    assert done.returncode == 0
+    assert done.stderr.count("mlx was imported before zo_mlx") == 1
+    assert _run("import zo_mlx, mlx.core, zo_mlx").stderr == ""

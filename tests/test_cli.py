@@ -1,0 +1,127 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import write_jsonl
+
+import zo_mlx
+from zo_mlx.cli import main
+
+TRAIN = ["--iters", "2", "--batch-size", "4", "--directions", "2"]
+
+
+def test_train_evaluate_generate_and_info(
+    tiny: Path, choice_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, data, out = str(tiny), str(choice_data), str(tmp_path / "a")
+    assert main(["train", "--model", model, "--data", data, "--adapter-path", out, *TRAIN]) == 0
+    text = capsys.readouterr().out
+    assert "Iter 0: Val loss" in text
+    assert "Iter 2: Train loss" in text
+    assert main(["evaluate", "--model", model, "--adapter-path", out, "--data", data]) == 0
+    assert "accuracy" in capsys.readouterr().out
+    assert main(["generate", "--model", model, "--adapter-path", out, "--prompt", "a", "-m", "3", "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)) == {"text"}
+
+    assert main(["info", model, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["index"]["matches_model"]
+    assert sum(layer["trainable"] for layer in found["index"]["layers"]) == found["index"]["size"]
+    assert all(0 < layer["density"] < 1 for layer in found["index"]["layers"])
+    assert main(["info", out, "--json"]) == 0
+    adapter = json.loads(capsys.readouterr().out)
+    assert (adapter["steps"], adapter["snapshot_step"], adapter["trainable"]) == (2, 2, found["index"]["size"])
+    assert adapter["fingerprints"]["base_model"] == found["fingerprint"]
+    for path in (model, out):
+        assert main(["info", path]) == 0
+    assert "coverage" in capsys.readouterr().out
+
+
+def test_json_output_is_one_object_a_line(
+    tiny: Path, choice_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--model", str(tiny), "--data", str(choice_data), "--adapter-path", str(tmp_path / "a"), *TRAIN]
+    assert main(["train", *arguments, "--json"]) == 0
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [e["event"] for e in events] == ["validation", "train", "validation", "result"]
+    assert events[-1]["after"]["accuracy"] == events[2]["accuracy"]
+
+
+def test_flags_take_precedence_over_yaml_and_yaml_over_defaults(
+    tiny: Path, choice_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        f"model: {tiny}\ndata: {choice_data}\niters: 5\nbatch_size: 4\ndirections: 2\nseed: 7\n"
+        f"adapter_path: {tmp_path / 'a'}\n"
+    )
+    assert main(["train", "-c", str(config), "--iters", "1", "--json"]) == 0
+    assert main(["info", str(tmp_path / "a"), "--json"]) == 0
+    settings = json.loads(capsys.readouterr().out.splitlines()[-1])["config"]
+    assert (settings["iters"], settings["seed"], settings["epsilon"]) == (1, 7, zo_mlx.TrainConfig().epsilon)
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "problem"),
+    [
+        ("convert --hf-path {tmp}/none --mlx-path {tmp}/o", 2, "no such model"),
+        ("convert --hf-path {tmp}/empty --mlx-path {tmp}/o", 2, "config.json is missing"),
+        ("convert --hf-path {data}/train.jsonl --mlx-path {tmp}/o", 2, "not a .gguf file"),
+        ("convert --hf-path {model} --mlx-path {tmp}/o", 2, "already quantized"),
+        ("convert --hf-path {model} --mlx-path {tmp}/empty", 2, "already exists"),
+        ("train --model {tmp}/none --data {data} --adapter-path {tmp}/a", 2, "no such model"),
+        ("train --model {tmp}/empty --data {data} --adapter-path {tmp}/a", 2, "config.json is missing"),
+        ("train --model {plain} --data {data} --adapter-path {tmp}/a", 2, "has no sensitive index"),
+        ("train --model {model} --data {tmp}/none --adapter-path {tmp}/a", 2, "no such data file"),
+        ("train --model {model} --data {broken} --adapter-path {tmp}/a", 2, "train.jsonl, line 2: not JSON"),
+        ("train --model {model} --data {data} --adapter-path {tmp}/a --batch-size 64", 2, "fewer than --batch-size"),
+        ("train --model {model} --data {data} --adapter-path {tmp}/a --max-seq-length 4", 2, "more than fit"),
+        ("train --model {model} --data {data} --adapter-path {tmp}/a --resume", 2, "holds no training run"),
+        ("train --model {model} --data {data} --adapter-path {tmp}/a --config {tmp}/none", 2, "no such config file"),
+        ("evaluate --model {model} --data {data} --adapter-path {tmp}/none", 2, "no such adapter"),
+        ("evaluate --model {model} --data {data} --adapter-path {tmp}/empty", 2, "values.safetensors is missing"),
+        ("evaluate --model {cut} --data {data}", 2, "truncated or not a safetensors file"),
+        ("generate --model {model} --prompt=", 2, "the prompt is empty"),
+        ("info {tmp}/none", 2, "no such directory"),
+        ("info {tmp}/empty", 2, "neither a model directory"),
+        ("convert --hf-path no-such-name/no-such-model --mlx-path {tmp}/o", 1, "cannot be fetched from the hub"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_the_right_exit_code(
+    command: str,
+    code: int,
+    problem: str,
+    tiny: Path,
+    choice_data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # as on a machine with no network
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(tiny, tmp_path / "plain", ignore=shutil.ignore_patterns("sensitive*"))
+    shutil.copytree(tiny, tmp_path / "cut")
+    (tmp_path / "cut/model.safetensors").write_bytes((tiny / "model.safetensors").read_bytes()[:5000])
+    write_jsonl(tmp_path / "broken/train.jsonl", [{"text": "a"}])
+    with (tmp_path / "broken/train.jsonl").open("a") as f:
+        f.write("{oops\n")
+    places = {name: str(tmp_path / name) for name in ("plain", "cut", "broken")}
+    words = command.format(tmp=tmp_path, model=tiny, data=choice_data, **places).split()
+    assert main(words) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    last = captured.err.strip().splitlines()[-1]
+    assert last.startswith("zo-mlx: error: ")
+    assert problem in last
+    assert "Traceback" not in captured.err
+    assert not (tmp_path / "o").exists()
+    assert not (tmp_path / "a").exists()
+
+
+def test_wrong_flags_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ([], ["fly"], ["train", "--iters", "many"], ["train", "--optimizer", "none"], ["convert"]):
+        with pytest.raises(SystemExit) as e:
+            main(words)
+        assert e.value.code == 2
+    capsys.readouterr()
