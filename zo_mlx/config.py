@@ -1,6 +1,7 @@
 """Training settings: one dataclass, from which the command line and the YAML reader take names, types and defaults."""
 
 import dataclasses
+import math
 import re
 import sys
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ class TrainConfig:
     optimizer: str = _setting("sgd", "Optimizer of the trainable values.", choices=("sgd", "adam"))
     lr_schedule: dict[str, Any] | None = _setting(None, "mlx-lm's lr_schedule block (YAML only).")
     epsilon: float = _setting(1e-3, "How far the two branches of a direction lie from the values.", least=1e-8)
-    directions: int = _setting(4, "Directions per step; the batch is divided among them.", least=1)
+    directions: int = _setting(8, "Directions per step, among which the batch is divided evenly.", least=1)
     val_batches: int = _setting(25, "Validation batches, -1 for the whole validation set.", least=-1)
     steps_per_report: int = _setting(10, "Steps between loss reports.", least=1)
     steps_per_eval: int = _setting(200, "Steps between validations.", least=1)
@@ -42,7 +43,10 @@ class TrainConfig:
     test_batches: int = _setting(-1, "Test batches, -1 for the whole test set.", least=-1)
 
     def check(self) -> None:
-        """Raise UsageError for the first setting that is of the wrong type, or out of range."""
+        """Raise UsageError for the first setting that is of the wrong type, or out of range.
+
+        Directions that do not divide the batch evenly are made fewer, so that any batch size works by itself.
+        """
         for f in dataclasses.fields(self):
             value, kind, least = getattr(self, f.name), f.type, f.metadata["least"]
             if kind is float and type(value) is int:
@@ -54,8 +58,7 @@ class TrainConfig:
                 raise UsageError(f"{f.name} must be at least {least}, not {value}")
             if (choices := f.metadata.get("choices")) and value not in choices:
                 raise UsageError(f"{f.name} must be one of {', '.join(choices)}, not {value}")
-        if self.batch_size % self.directions:
-            raise UsageError(f"batch_size ({self.batch_size}) must be a multiple of directions ({self.directions})")
+        self.directions = math.gcd(self.directions, self.batch_size)
         if self.lr_schedule is not None:
             try:
                 build_schedule(self.lr_schedule)

@@ -86,7 +86,7 @@ def train(
             f"{directory} already holds a run; give --resume to go on with it or --overwrite to replace it"
         )
     past = journal.Journal.read(directory / journal.FILE_NAME) if resume else None
-    config = _resumed_config(past.header["config"], settings) if past else given
+    config = _resumed_config(past.header["config"], given, set(settings)) if past else given
     run = _Run(config, report or (lambda event: None), progress)
     if past:
         run.resume()
@@ -96,9 +96,10 @@ def train(
         return run.go()
 
 
-def _resumed_config(recorded: dict[str, Any], settings: dict[str, Any]) -> TrainConfig:
-    config = TrainConfig(**{**recorded, **{k: v for k, v in settings.items() if k in CHANGEABLE}})
-    different = [k for k in settings if k not in CHANGEABLE and settings[k] != recorded[k]]
+def _resumed_config(recorded: dict[str, Any], given: TrainConfig, names: set[str]) -> TrainConfig:
+    """The recorded settings, with those of the given `names` that a resumed run may change."""
+    config = TrainConfig(**{**recorded, **{k: getattr(given, k) for k in names & CHANGEABLE}})
+    different = [k for k in sorted(names - CHANGEABLE) if getattr(given, k) != recorded[k]]
     if different:
         listed = ", ".join(f"{k} was {recorded[k]}" for k in different)
         raise UsageError(f"a resumed run keeps its settings: {listed}")

@@ -7,7 +7,6 @@ of the ratios of neighbours. `floor` computes logits at the target positions onl
 logits everywhere, as calling the model does.
 """
 
-
 import argparse
 import json
 import statistics
