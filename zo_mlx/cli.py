@@ -16,6 +16,7 @@ from .config import TrainConfig, read_yaml
 from .convert.select import Scope
 from .errors import ZoError
 from .info import as_text, info
+from .progress import print_line
 from .train import result_as_dict
 
 
@@ -168,7 +169,7 @@ def _info(args: argparse.Namespace) -> None:
 
 
 def _print_json(event: dict[str, Any]) -> None:
-    print(json.dumps(event), flush=True)
+    print_line(json.dumps(event))
 
 
 def _print_event(event: dict[str, Any]) -> None:
@@ -187,7 +188,7 @@ def _print_event(event: dict[str, Any]) -> None:
             line += f", {name} accuracy {event['accuracy']:.1%}, macro-F1 {event['macro_f1']:.3f}"
         else:
             line += f", {name} ppl {event['perplexity']:.3f}"
-    print(line, flush=True)
+    print_line(line)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -36,21 +36,20 @@ class Progress:
             self._printed = time.monotonic()
             rate = (self._done - self._initial) / (self._printed - self._started)
             left = (self.total - self._done) / rate
-            self.line(f"{self.title}: {self._done}/{self.total}, {rate:.2f} {self.unit}/s, {left:.0f} s left")
-
-    def line(self, text: str, to_stdout: bool = False) -> None:
-        """Print a line without disturbing the bar."""
-        stream = sys.stdout if to_stdout else sys.stderr
-        if self._bar is not None:
-            tqdm.write(text, file=stream)
-        else:
-            print(text, file=stream, flush=True)
+            line = f"{self.title}: {self._done}/{self.total}, {rate:.2f} {self.unit}/s, {left:.0f} s left"
+            print(line, file=sys.stderr, flush=True)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def print_line(text: str) -> None:
+    """Print a result on standard output, above a progress bar if there is one."""
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ Report = Callable[[dict[str, Any]], None]
 
 @dataclass
 class TrainResult:
-    """What a run did. `before` and `after` are on the validation set, `test` on the test set where asked for.
+    """What a run did: `before` (this process's first step) and `after` on the validation set, `test` on the test set.
 
     Attributes:
         seconds_per_step: median over this process's steps.
@@ -203,7 +203,6 @@ class _Run:
         mx.set_cache_limit(CACHE_BYTES)
         weights = mx.get_active_memory()
         before = after = self.validate()
-        evaluated = self.done
         mx.reset_peak_memory()
         loss = make_loss(self.sparse, self.head)
         meter = _Meter()
@@ -216,7 +215,8 @@ class _Run:
                     values, state, record = step(
                         loss, self.optimizer, self.values, self.state, examples, number, config
                     )
-                    if not (math.isfinite(record.loss) and np.isfinite(record.projected).all()):
+                    losses_finite = math.isfinite(record.loss) and np.isfinite(record.projected).all()
+                    if not (losses_finite and mx.isfinite(values).all()):
                         raise ZoError(
                             f"the loss is not finite at step {number}: stopped; the state after step {self.done} "
                             f"is kept in {self.directory}. Try a smaller --learning-rate"
@@ -232,13 +232,12 @@ class _Run:
                         self.save()
                     if number % config.steps_per_eval == 0 or number == config.iters:
                         peak = max(peak, mx.get_peak_memory())
-                        after, evaluated = self.validate(), number
+                        after = self.validate()
                         mx.reset_peak_memory()
         except KeyboardInterrupt:
             raise Interrupted(f"stopped after step {self.done}; go on with the same command and --resume") from None
         finally:
             self.save()
-        assert evaluated == self.done
         peak = max(peak, mx.get_peak_memory())
         test = self.evaluate(self.test_set, config.test_batches) if self.test_set else None
         if test:
