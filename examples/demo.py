@@ -69,7 +69,7 @@ def main() -> None:
     for name, first, second in rows:
         print(f"{name:40}{first:>10}{second:>14}")
     print(f"\nTook {time.monotonic() - started:.0f} s. Try it:")
-    message = r"'My parcel is two days late, where is it?\nTeam:'"
+    message = r"'My parcel is two days late, where is it?\nThis message is about'"
     print(
         f"$ .venv/bin/zo-mlx generate --model {MODEL} --adapter-path {ADAPTER} --ignore-chat-template "
         f"--max-tokens 1 --prompt ${message}"

@@ -41,16 +41,17 @@ def test_three_steps_equal_the_same_steps_in_numpy(optimizer: str) -> None:
     for number in (1, 2, 3):
         values, state, record = step(_loss, update, values, state, EXAMPLES, number, config)
 
+        rate = 1e-3 * 0.998 ** (number - 1)
         z = np.array(estimator.directions(5, number, 2, 50), np.float64)
         plus = _losses_of(np.repeat(expected + 1e-2 * z, 2, axis=0), EXAMPLES)[::2]
         minus = _losses_of(np.repeat(expected - 1e-2 * z, 2, axis=0), EXAMPLES)[::2]
         projected = (plus - minus) / 2e-2
         gradient = (projected[:, None] * z).mean(axis=0)
         if optimizer == "sgd":
-            expected = expected - 1e-3 * gradient
+            expected = expected - rate * gradient
         else:  # Kingma & Ba 2014, without bias correction, as mlx.optimizers does by default
             first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
-            expected = expected - 1e-3 * first / (np.sqrt(second) + 1e-8)
+            expected = expected - rate * first / (np.sqrt(second) + 1e-8)
 
         assert record.step == number
         assert np.allclose(record.projected, projected, rtol=1e-3)

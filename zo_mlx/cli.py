@@ -64,13 +64,13 @@ def _add_train(commands: Any) -> argparse.ArgumentParser:
         flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
         if f.type is bool:
             p.add_argument(flag, action="store_true", default=None, help=text)
-        elif f.type in (int, float, str):
+        elif f.name != "lr_schedule":
             p.add_argument(
                 flag,
-                type=f.type,  # type: ignore[arg-type]
+                type=int if f.name == "directions" else f.type,  # type: ignore[arg-type]
                 default=argparse.SUPPRESS,
                 choices=f.metadata.get("choices"),
-                help=f"{text} (default: {f.default})",
+                help=text if f.default is None else f"{text} (default: {f.default})",
             )
     return p
 

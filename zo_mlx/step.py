@@ -17,6 +17,10 @@ from .journal import Record
 from .objective import branch_losses, collate, scores
 from .sparse import SparseModel
 
+# Large steps pay while the loss is far from its floor; later the noise of random directions asks for smaller ones. A
+# geometric fall does not depend on the number of steps, so that a run can be made longer.
+DECAY = 0.998
+
 State = dict[str, Any]
 Loss = Callable[[mx.array, Sequence[Example]], mx.array]
 
@@ -40,7 +44,10 @@ def make_loss(sparse: SparseModel, head: Head) -> Loss:
 
 def make_optimizer(config: TrainConfig) -> optim.Optimizer:
     """The run's optimizer, with no state yet."""
-    rate = build_schedule(config.lr_schedule) if config.lr_schedule else config.learning_rate
+    if config.lr_schedule:
+        rate = build_schedule(config.lr_schedule)
+    else:
+        rate = optim.exponential_decay(config.learning_rate, DECAY)
     return {"sgd": optim.SGD, "adam": optim.Adam}[config.optimizer](rate)
 
 
@@ -67,6 +74,7 @@ def step(
     Returns:
         The new values and state, and the record from which `update` gives them again.
     """
+    assert config.directions is not None, "the run decides how many directions"
     z = estimator.directions(config.seed, number, config.directions, values.size)
     losses = loss(estimator.branches(values, z, config.epsilon), examples)
     projected = estimator.projected_gradients(losses, config.epsilon)
@@ -90,6 +98,6 @@ def replay(
 ) -> tuple[mx.array, State]:
     """Repeat the updates of some consecutive steps from their records alone."""
     for record in records:
-        z = estimator.directions(config.seed, record.step, config.directions, values.size)
+        z = estimator.directions(config.seed, record.step, len(record.projected), values.size)
         values, state = update(optimizer, values, state, record, z)
     return values, state

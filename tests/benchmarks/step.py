@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--directions", type=int, default=TrainConfig().directions)
+    parser.add_argument("--directions", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
