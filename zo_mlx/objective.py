@@ -14,7 +14,7 @@ from .data import Example
 from .head import Head
 
 # Logits are made this many bytes at a time: little memory for large vocabularies, yet enough rows for a fast product.
-LOGIT_BYTES = 32 << 20
+LOGIT_BYTES = 64 << 20
 
 
 @dataclass

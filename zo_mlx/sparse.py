@@ -37,6 +37,7 @@ class SparseLinear(nn.Module):
         self._columns = mx.array(used.astype(np.uint32))
         self._slots = mx.array((slot * self._out + rows).astype(np.uint32))
         self._base_values = weight.reshape(-1)[mx.array(indices)]
+        self._values: mx.array | None = None
         self._difference: mx.array | None = None
         mx.eval(self._columns, self._slots, self._base_values)
 
@@ -46,23 +47,27 @@ class SparseLinear(nn.Module):
         Args:
             values: (P, n) float32, or None to compute with the base weights alone.
         """
-        if values is None:
-            self._difference = None
-            return
-        branches = values.shape[0]
-        difference = mx.zeros((branches, self._columns.size * self._out))
-        difference[:, self._slots] = values - self._base_values
-        self._difference = difference.reshape(branches, self._columns.size, self._out)
+        self._values = values
+        # A single branch is set once and called for every token of a text. With many branches D is large, and is made
+        # where it is used, so that MLX frees it after the layer.
+        self._difference = self._make_difference() if values is not None and len(values) == 1 else None
+
+    def _make_difference(self) -> mx.array:
+        """D transposed: (P, |U|, out)."""
+        assert self._values is not None
+        difference = mx.zeros((len(self._values), self._columns.size * self._out))
+        difference[:, self._slots] = self._values - self._base_values
+        return difference.reshape(-1, self._columns.size, self._out)
 
     def __call__(self, x: mx.array) -> mx.array:
         """x: (P * B, ..., in) -> (P * B, ..., out); the rows of a branch are consecutive."""
         y = self.base(x)
-        if self._difference is None:
+        if self._values is None:
             return y
-        branches = self._difference.shape[0]
-        gathered = x[..., self._columns].reshape(branches, -1, self._columns.size)
-        stacked = y.reshape(branches, -1, self._out)
-        return mx.addmm(stacked, gathered, self._difference.astype(y.dtype)).reshape(y.shape)
+        difference = self._make_difference() if self._difference is None else self._difference
+        gathered = x[..., self._columns].reshape(len(difference), -1, self._columns.size)
+        stacked = y.reshape(len(difference), -1, self._out)
+        return mx.addmm(stacked, gathered, difference.astype(y.dtype)).reshape(y.shape)
 
 
 class SparseModel:
