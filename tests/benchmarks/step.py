@@ -7,6 +7,8 @@ of the ratios of neighbours. `floor` computes logits at the target positions onl
 logits everywhere, as calling the model does.
 """
 
+import zo_mlx  # isort: skip  # noqa: F401  (first, so that MLX gets a fast BLAS)
+
 import argparse
 import json
 import statistics
