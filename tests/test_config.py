@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 import zo_mlx
-from zo_mlx.config import TrainConfig, read_yaml, suitable_directions
+from zo_mlx.config import TrainConfig, read_yaml, resolved
 from zo_mlx.errors import UsageError
 
 
@@ -43,7 +43,7 @@ def test_bad_yaml_is_refused(content: str, tmp_path: Path) -> None:
         ({"directions": 2.0}, "directions must be int"),
         ({"mask_prompt": 1}, "mask_prompt must be bool"),
         ({"lr_schedule": {"name": "nothing", "arguments": [1]}}, "lr_schedule is not one that mlx-lm can build"),
-        ({"lr_schedule": [1]}, "lr_schedule is not one that mlx-lm can build"),
+        ({"lr_schedule": [1]}, "lr_schedule must be dict"),
         ({"learnin_rate": 1.0}, "no such settings: learnin_rate"),
     ],
 )
@@ -64,4 +64,7 @@ def test_directions_divide_the_batch(batch: int, directions: int, used: int) -> 
     [(16, 0, 8), (16, 2, 8), (16, 3, 4), (16, 6, 2), (12, 6, 2), (4, 2, 2), (1, 2, 1), (4, 9, 1), (7, 2, 1)],
 )
 def test_every_direction_gets_an_example_of_every_label(batch: int, labels: int, directions: int) -> None:
-    assert suitable_directions(batch, labels) == directions
+    config = resolved(TrainConfig(batch_size=batch), labels)
+    assert (config.directions, config.learning_rate) == (directions, 5e-5 * directions)
+    given = resolved(TrainConfig(batch_size=batch, directions=1, learning_rate=0.1), labels)
+    assert (given.directions, given.learning_rate) == (1, 0.1)

@@ -12,7 +12,7 @@ from . import convert as convert_model
 from . import evaluate as evaluate_model
 from . import generate as generate_text
 from . import train as train_model
-from .config import TrainConfig, read_yaml
+from .config import TrainConfig, read_yaml, value_type
 from .convert.select import Scope
 from .errors import ZoError
 from .info import as_text, info
@@ -61,13 +61,13 @@ def _add_train(commands: Any) -> argparse.ArgumentParser:
     p.add_argument("--resume", action="store_true", help="Go on with the run in the adapter directory.")
     p.add_argument("--overwrite", action="store_true", help="Replace the run in the adapter directory.")
     for f in dataclasses.fields(TrainConfig):
-        flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
-        if f.type is bool:
+        flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
+        if value_type(f) is bool:
             p.add_argument(flag, action="store_true", default=None, help=text)
         elif f.name != "lr_schedule":
             p.add_argument(
                 flag,
-                type=int if f.name == "directions" else f.type,  # type: ignore[arg-type]
+                type=value_type(f),
                 default=argparse.SUPPRESS,
                 choices=f.metadata.get("choices"),
                 help=text if f.default is None else f"{text} (default: {f.default})",

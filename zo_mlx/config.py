@@ -4,6 +4,8 @@ import dataclasses
 import math
 import re
 import sys
+import types
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,8 @@ class TrainConfig:
     seed: int = _setting(0, "Decides data order and directions.", least=0)
     batch_size: int = _setting(16, "Examples per step.", least=1)
     iters: int = _setting(1000, "Steps to train for.", least=0)
-    learning_rate: float = _setting(
-        4e-4, "Initial learning rate; falls by 0.2% a step unless lr_schedule says else.", least=0
+    learning_rate: float | None = _setting(
+        None, "Initial learning rate, falls by 0.2% a step; default: 5e-5 times the directions.", least=0
     )
     optimizer: str = _setting("sgd", "Optimizer of the trainable values.", choices=("sgd", "adam"))
     lr_schedule: dict[str, Any] | None = _setting(None, "mlx-lm's lr_schedule block (YAML only).")
@@ -52,19 +54,21 @@ class TrainConfig:
         Directions that do not divide the batch evenly are made fewer, so that any batch size works.
         """
         for f in dataclasses.fields(self):
-            value, kind, least = getattr(self, f.name), f.type, f.metadata["least"]
+            value: Any = getattr(self, f.name)
+            kind: Any = value_type(f)
+            least: float | None = f.metadata["least"]
+            if value is None and f.default is None:
+                continue
             if kind is float and type(value) is int:
                 value = float(value)
                 setattr(self, f.name, value)
-            if kind in (int, float, str, bool) and type(value) is not kind:
-                raise UsageError(f"{f.name} must be {kind.__name__}, not {value!r}")  # type: ignore[union-attr]
-            if value is not None and least is not None and not (least <= value < float("inf")):
+            if type(value) is not kind:
+                raise UsageError(f"{f.name} must be {kind.__name__}, not {value!r}")
+            if least is not None and not (least <= value < float("inf")):
                 raise UsageError(f"{f.name} must be at least {least}, not {value}")
             if (choices := f.metadata.get("choices")) and value not in choices:
                 raise UsageError(f"{f.name} must be one of {', '.join(choices)}, not {value}")
         if self.directions is not None:
-            if type(self.directions) is not int:
-                raise UsageError(f"directions must be int, not {self.directions!r}")
             self.directions = math.gcd(self.directions, self.batch_size)
         if self.lr_schedule is not None:
             try:
@@ -73,14 +77,34 @@ class TrainConfig:
                 raise UsageError(f"lr_schedule is not one that mlx-lm can build: {type(e).__name__}: {e}") from None
 
 
-def suitable_directions(batch_size: int, labels: int) -> int:
-    """As many directions as leave to each a share of the batch with two examples, and one of every label.
+# The noise of random directions is averaged over them, so that the best rate grows with their number.
+RATE_PER_DIRECTION = 5e-5
 
-    More directions average more of the noise of random directions away, but a share that lacks a label brings noise
-    back: it pulls towards the labels it has. See docs/numbers.md.
+
+def value_type(field: dataclasses.Field[Any]) -> type:
+    """The type of a setting's values other than None."""
+    kind: Any = field.type
+    if isinstance(kind, types.UnionType):
+        kind = next(t for t in typing.get_args(kind) if t is not type(None))
+    return typing.get_origin(kind) or kind
+
+
+def resolved(config: TrainConfig, labels: int) -> TrainConfig:
+    """Fill in the settings that depend on the data.
+
+    As many directions as leave to each a share of the batch with two examples, and one of every label: more directions
+    average more of their noise away, but a share that lacks a label brings noise back, as it pulls towards the labels
+    it has. See docs/numbers.md.
+
+    Args:
+        config: checked.
+        labels: how many choices an example has, at most; 0 without choices.
     """
-    shares = [q for q in range(1, batch_size + 1) if batch_size % q == 0 and batch_size // q >= max(2, labels)]
-    return max(shares, default=1)
+    batch = config.batch_size
+    suitable = [q for q in range(1, batch + 1) if batch % q == 0 and batch // q >= max(2, labels)]
+    directions = config.directions or max(suitable, default=1)
+    rate = RATE_PER_DIRECTION * directions if config.learning_rate is None else config.learning_rate
+    return dataclasses.replace(config, directions=directions, learning_rate=rate)
 
 
 # Settings that a resumed run may change: they do not alter the sequence of updates already made.

@@ -47,6 +47,7 @@ def make_optimizer(config: TrainConfig) -> optim.Optimizer:
     if config.lr_schedule:
         rate = build_schedule(config.lr_schedule)
     else:
+        assert config.learning_rate is not None, "the settings are not resolved"
         rate = optim.exponential_decay(config.learning_rate, DECAY)
     return {"sgd": optim.SGD, "adam": optim.Adam}[config.optimizer](rate)
 
@@ -74,7 +75,7 @@ def step(
     Returns:
         The new values and state, and the record from which `update` gives them again.
     """
-    assert config.directions is not None, "the run decides how many directions"
+    assert config.directions is not None, "the settings are not resolved"
     z = estimator.directions(config.seed, number, config.directions, values.size)
     losses = loss(estimator.branches(values, z, config.epsilon), examples)
     projected = estimator.projected_gradients(losses, config.epsilon)

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from . import adapter, journal
-from .config import CHANGEABLE, TrainConfig, suitable_directions
+from .config import CHANGEABLE, TrainConfig, resolved
 from .data import Dataset, batch_order, load_dataset
 from .errors import Interrupted, UsageError, ZoError
 from .evaluate import Evaluation, evaluate_dataset
@@ -126,9 +126,7 @@ class _Run:
                 f"{data / 'train.jsonl'} has {len(self.train_set)} examples, "
                 f"fewer than --batch-size {config.batch_size}"
             )
-        if config.directions is None:
-            labels = max(len(e.choices) for e in self.train_set.examples)
-            self.config = config = replace(config, directions=suitable_directions(config.batch_size, labels))
+        self.config = config = resolved(config, labels=max(len(e.choices) for e in self.train_set.examples))
         self.head = split_head(self.sparse.model)
         self.model_prints = {"base_model": index.metadata["base_model"], "index": sha256(model / INDEX)}
         self.prints = {**self.model_prints, "train.jsonl": sha256(data / "train.jsonl")}
