@@ -1,4 +1,4 @@
-"""The main job on a real model: convert SmolLM2-135M, teach it to route support messages, show before and after.
+"""The main job on a real model: convert SmolLM2-135M, teach it to sort support messages, show before and after.
 
 Runs the same commands as a user would type, and prints them. A second run goes on where the first one stopped.
 """
@@ -49,7 +49,7 @@ def main() -> None:
         BEFORE.write_text(json.dumps(before))
     resume = " --resume" if (ADAPTER / "journal").exists() else ""
     trained = run(
-        f"zo-mlx train --model {MODEL} --data {DATA} --adapter-path {ADAPTER} --iters 60 --val-batches 0{resume}"
+        f"zo-mlx train --model {MODEL} --data {DATA} --adapter-path {ADAPTER} --iters 45 --learning-rate 4e-4 --val-batches 0{resume}"
     )[-1]
     after = run(f"zo-mlx evaluate --model {MODEL} --adapter-path {ADAPTER} --data {DATA}")[-1]
     before = json.loads(BEFORE.read_text())

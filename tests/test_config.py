@@ -59,12 +59,9 @@ def test_directions_divide_the_batch(batch: int, directions: int, used: int) -> 
     assert config.directions == used
 
 
-@pytest.mark.parametrize(
-    ("batch", "labels", "directions"),
-    [(16, 0, 8), (16, 2, 8), (16, 3, 4), (16, 6, 2), (12, 6, 2), (4, 2, 2), (1, 2, 1), (4, 9, 1), (7, 2, 1)],
-)
-def test_every_direction_gets_an_example_of_every_label(batch: int, labels: int, directions: int) -> None:
-    config = resolved(TrainConfig(batch_size=batch), labels)
-    assert (config.directions, config.learning_rate) == (directions, 5e-5 * directions)
-    given = resolved(TrainConfig(batch_size=batch, directions=1, learning_rate=0.1), labels)
+@pytest.mark.parametrize(("batch", "directions"), [(16, 8), (4, 2), (2, 1), (1, 1), (7, 1), (9, 3), (30, 15)])
+def test_every_direction_gets_two_examples_and_the_rate_follows(batch: int, directions: int) -> None:
+    config = resolved(TrainConfig(batch_size=batch))
+    assert (config.directions, config.learning_rate) == (directions, 3e-5 * directions)
+    given = resolved(TrainConfig(batch_size=batch, directions=1, learning_rate=0.1))
     assert (given.directions, given.learning_rate) == (1, 0.1)

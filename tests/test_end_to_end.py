@@ -42,7 +42,7 @@ def test_convert_train_resume_evaluate_generate(
     shutil.copytree(whole, parts)
     # As if the machine had died in the middle of writing step 18, and had never finished a snapshot.
     journal = (parts / "journal").read_bytes()
-    record = 8 + 4 + 4 * 2 + 4  # six labels, batch 16: two directions
+    record = 8 + 4 + 4 * 8 + 4  # eight directions
     (parts / "journal").write_bytes(journal[: -2 * record - 5])
     adapter.remove_run(parts)
     assert main(["train", *common, "--adapter-path", str(parts), "--iters", "20", "--resume"]) == 0

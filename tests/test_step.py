@@ -41,7 +41,7 @@ def test_three_steps_equal_the_same_steps_in_numpy(optimizer: str) -> None:
     for number in (1, 2, 3):
         values, state, record = step(_loss, update, values, state, EXAMPLES, number, config)
 
-        rate = 1e-3 * 0.998 ** (number - 1)
+        rate = 1e-3 * 0.999 ** (number - 1)
         z = np.array(estimator.directions(5, number, 2, 50), np.float64)
         plus = _losses_of(np.repeat(expected + 1e-2 * z, 2, axis=0), EXAMPLES)[::2]
         minus = _losses_of(np.repeat(expected - 1e-2 * z, 2, axis=0), EXAMPLES)[::2]

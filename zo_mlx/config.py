@@ -31,13 +31,13 @@ class TrainConfig:
     batch_size: int = _setting(16, "Examples per step.", least=1)
     iters: int = _setting(1000, "Steps to train for.", least=0)
     learning_rate: float | None = _setting(
-        None, "Initial learning rate, falls by 0.2% a step; default: 5e-5 times the directions.", least=0
+        None, "Initial learning rate, falls by 0.1% a step; default: 3e-5 times the directions.", least=0
     )
     optimizer: str = _setting("sgd", "Optimizer of the trainable values.", choices=("sgd", "adam"))
     lr_schedule: dict[str, Any] | None = _setting(None, "mlx-lm's lr_schedule block (YAML only).")
     epsilon: float = _setting(1e-3, "How far the two branches of a direction lie from the values.", least=1e-8)
     directions: int | None = _setting(
-        None, "Directions per step, among which the batch is divided; default: as suits the data's labels.", least=1
+        None, "Directions per step, among which the batch is divided; default: half the batch.", least=1
     )
     val_batches: int = _setting(25, "Validation batches, -1 for the whole validation set.", least=-1)
     steps_per_report: int = _setting(10, "Steps between loss reports.", least=1)
@@ -78,7 +78,7 @@ class TrainConfig:
 
 
 # The noise of random directions is averaged over them, so that the best rate grows with their number.
-RATE_PER_DIRECTION = 5e-5
+RATE_PER_DIRECTION = 3e-5
 
 
 def value_type(field: dataclasses.Field[Any]) -> type:
@@ -89,20 +89,16 @@ def value_type(field: dataclasses.Field[Any]) -> type:
     return typing.get_origin(kind) or kind
 
 
-def resolved(config: TrainConfig, labels: int) -> TrainConfig:
-    """Fill in the settings that depend on the data.
+def resolved(config: TrainConfig) -> TrainConfig:
+    """Fill in the settings whose defaults depend on others; `config` is checked.
 
-    As many directions as leave to each a share of the batch with two examples, and one of every label: more directions
-    average more of their noise away, but a share that lacks a label brings noise back, as it pulls towards the labels
-    it has. See docs/numbers.md.
-
-    Args:
-        config: checked.
-        labels: how many choices an example has, at most; 0 without choices.
+    As many directions as leave two examples to each: more directions average more of their noise away, but a share of
+    one example pulls towards that example's label. See docs/numbers.md.
     """
     batch = config.batch_size
-    suitable = [q for q in range(1, batch + 1) if batch % q == 0 and batch // q >= max(2, labels)]
-    directions = config.directions or max(suitable, default=1)
+    directions = config.directions or max(
+        q for q in range(1, batch + 1) if batch % q == 0 and (q == 1 or q <= batch / 2)
+    )
     rate = RATE_PER_DIRECTION * directions if config.learning_rate is None else config.learning_rate
     return dataclasses.replace(config, directions=directions, learning_rate=rate)
 

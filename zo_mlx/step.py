@@ -19,7 +19,7 @@ from .sparse import SparseModel
 
 # Large steps pay while the loss is far from its floor; later the noise of random directions asks for smaller ones. A
 # geometric fall does not depend on the number of steps, so that a run can be made longer.
-DECAY = 0.998
+DECAY = 0.999
 
 State = dict[str, Any]
 Loss = Callable[[mx.array, Sequence[Example]], mx.array]

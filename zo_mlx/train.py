@@ -126,7 +126,7 @@ class _Run:
                 f"{data / 'train.jsonl'} has {len(self.train_set)} examples, "
                 f"fewer than --batch-size {config.batch_size}"
             )
-        self.config = config = resolved(config, labels=max(len(e.choices) for e in self.train_set.examples))
+        self.config = config = resolved(config)
         self.head = split_head(self.sparse.model)
         self.model_prints = {"base_model": index.metadata["base_model"], "index": sha256(model / INDEX)}
         self.prints = {**self.model_prints, "train.jsonl": sha256(data / "train.jsonl")}
