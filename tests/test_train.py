@@ -187,6 +187,17 @@ def test_events_carry_mlx_lms_names(tiny: Path, choice_data: Path, tmp_path: Pat
     json.dumps(events)
 
 
+def test_without_validation_there_is_none(tiny: Path, choice_data: Path, tmp_path: Path) -> None:
+    result = _train(tiny, choice_data, tmp_path / "a", val_batches=0)
+    assert (result.before, result.after) == (None, None)
+    data = tmp_path / "data"
+    data.mkdir()
+    shutil.copy(choice_data / "train.jsonl", data)
+    events: list[dict[str, Any]] = []
+    assert _train(tiny, data, tmp_path / "b", report=events.append).after is None
+    assert "valid.jsonl is missing" in events[0]["message"]
+
+
 def test_generate_uses_the_adapter(tiny: Path, choice_data: Path, tmp_path: Path) -> None:
     """Greedy decoding with key-value caches equals greedy decoding by full passes, with the trained values."""
     _train(tiny, choice_data, tmp_path / "a", learning_rate=0.05)

@@ -39,7 +39,9 @@ class TrainConfig:
     directions: int | None = _setting(
         None, "Directions per step, among which the batch is divided; default: half the batch.", least=1
     )
-    val_batches: int = _setting(25, "Validation batches, -1 for the whole validation set.", least=-1)
+    val_batches: int = _setting(
+        25, "Validation batches, -1 for the whole validation set, 0 for no validation.", least=-1
+    )
     steps_per_report: int = _setting(10, "Steps between loss reports.", least=1)
     steps_per_eval: int = _setting(200, "Steps between validations.", least=1)
     save_every: int = _setting(100, "Steps between snapshots, which make resuming quick.", least=1)

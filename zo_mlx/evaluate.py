@@ -78,6 +78,8 @@ def evaluate(
     """
     if batch_size < 1:
         raise UsageError(f"batch_size must be at least 1, not {batch_size}")
+    if num_batches == 0 or num_batches < -1:
+        raise UsageError(f"the number of batches must be at least 1, or -1 for all, not {num_batches}")
     path = Path(data)
     path = path / "test.jsonl" if path.is_dir() else path
     dataset = load_dataset(path, tokenizer, max_seq_length, mask_prompt)

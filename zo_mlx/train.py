@@ -65,7 +65,7 @@ def train(
     Args:
         resume: go on with the run in `adapter_path`; its own settings hold, and those given must agree with them.
         overwrite: replace a run in `adapter_path`.
-        report: called with every event (`train`, `validation`, `snapshot`) as a dictionary.
+        report: called with every event (`train`, `validation`, `test`, `warning`) as a dictionary.
         progress: report progress on standard error.
         **settings: the fields of `TrainConfig`: model, data, adapter_path, iters, learning_rate ...
 
@@ -188,7 +188,7 @@ class _Run:
         return evaluate_dataset(self.head, dataset, self.config.batch_size, batches, self.progress)
 
     def validate(self) -> Evaluation | None:
-        if self.valid_set is None:
+        if self.valid_set is None or self.config.val_batches == 0:
             return None
         result = self.evaluate(self.valid_set, self.config.val_batches)
         self.report({"event": "validation", "iteration": self.done, **result.as_dict()})
@@ -240,7 +240,7 @@ class _Run:
         finally:
             self.save()
         peak = max(peak, mx.get_peak_memory())
-        test = self.evaluate(self.test_set, config.test_batches) if self.test_set else None
+        test = self.evaluate(self.test_set, config.test_batches) if self.test_set and config.test_batches else None
         if test:
             self.report({"event": "test", "iteration": self.done, **test.as_dict()})
         return TrainResult(
