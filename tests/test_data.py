@@ -68,7 +68,7 @@ def test_single_token_choices_share_one_row_and_longer_ones_the_fewest(
 
 
 def test_batches_depend_on_seed_and_epoch_alone_and_use_every_example_once() -> None:
-    examples = [Example([[0] * (1 + i % 7)], [[]], label=i % 3) for i in range(103)]
+    examples = [Example([[0] * (1 + i % 7)], [[]], i % 3, ("a", "b", "c")) for i in range(103)]
     first = batch_order(examples, 8, seed=1, epoch=0)
     assert [b.tolist() for b in first] == [b.tolist() for b in batch_order(examples, 8, 1, 0)]
     flat = np.concatenate(first)
@@ -80,9 +80,12 @@ def test_batches_depend_on_seed_and_epoch_alone_and_use_every_example_once() -> 
 
 def test_batches_have_the_labels_of_the_whole_set() -> None:
     rng = np.random.default_rng(0)
-    examples = [Example([[0] * rng.integers(1, 50)], [[]], label=int(i < 50)) for i in range(200)]
+    examples = []
+    for i in range(200):  # the right answer is what counts, not its place among the choices
+        choices, label = (("yes", "no"), int(i < 50)) if i % 2 else (("no", "yes"), int(i >= 50))
+        examples.append(Example([[0] * int(rng.integers(1, 50))], [[]], label, choices))
     for epoch in range(3):
-        counts = [sum(examples[i].label == 1 for i in batch) for batch in batch_order(examples, 16, 0, epoch)]
+        counts = [sum(int(i) < 50 for i in batch) for batch in batch_order(examples, 16, 0, epoch)]
         assert min(counts) >= 3  # 4 of 16 on average
         assert max(counts) <= 5
 
@@ -96,6 +99,10 @@ def test_batches_have_the_labels_of_the_whole_set() -> None:
         ('{"text": "fine"}\n[1]\n', "line 2: must be a JSON object"),
         ('{"question": "a"}\n', r"line 1: fields \['question'\] are none of the known formats"),
         ('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n', "line 2: field 'completion' is missing"),
+        (
+            '{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": "b", "choices": ["b", "c"]}\n',
+            "line 2: has",
+        ),
         ('{"prompt": "a", "completion": 3}\n', "line 1: field 'completion' must be a non-empty string"),
         ('{"text": "a"}\n\n{"text": ""}\n', "line 3: field 'text' must be a non-empty string"),
         ('{"messages": []}\n', "line 1: field 'messages' must be a non-empty list"),

@@ -1,3 +1,6 @@
+import json
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -69,3 +72,12 @@ def test_records_of_another_run_are_not_taken(tmp_path: Path) -> None:
     ours, theirs = _write(tmp_path / "a", 2), _write(tmp_path / "b", 2, {**HEADER, "config": {"seed": 4}})
     (tmp_path / "mixed").write_bytes(ours[:-RECORD_SIZE] + theirs[-RECORD_SIZE:])
     assert len(Journal.read(tmp_path / "mixed").records) == 1
+
+
+@pytest.mark.parametrize("header", [[], {}, {"directions": 2}, {**HEADER, "directions": "x"}, {**HEADER, "config": 1}])
+def test_headers_of_something_else_are_refused(header: object, tmp_path: Path) -> None:
+    content = json.dumps(header).encode()
+    prefix = b"ZOMLXJ1\n" + struct.pack("<I", len(content)) + content
+    (tmp_path / "journal").write_bytes(prefix + struct.pack("<I", zlib.crc32(prefix)))
+    with pytest.raises(UsageError, match="its header is not one of zo-mlx"):
+        Journal.read(tmp_path / "journal")

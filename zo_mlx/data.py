@@ -89,6 +89,8 @@ def load_dataset(path: Path, tokenizer: TokenizerWrapper, max_length: int, mask_
     if field == "text" and mask_prompt:
         raise UsageError(f"{path}: --mask-prompt does not apply to the text format")
     for number, record in lines:
+        if "choices" in record:
+            raise UsageError(f"{path}, line {number}: has choices, but line {lines[0][0]} has none")
         _CHECKS[field](record, f"{path}, line {number}")
     dataset = create_dataset(
         [d for _, d in lines],
@@ -119,7 +121,8 @@ def batch_order(examples: Sequence[Example], batch_size: int, seed: int, epoch: 
         Arrays of `batch_size` example numbers.
     """
     rng = np.random.default_rng((seed, epoch))
-    labels = np.array([-1 if e.label is None else e.label for e in examples])
+    answers = ["" if e.label is None else e.choices[e.label] for e in examples]
+    labels = np.unique(answers, return_inverse=True)[1]
     lengths = np.array([e.length for e in examples])
     order = rng.permutation(len(examples))
     order = _interleaved(order, labels[order])[: len(order) // batch_size * batch_size]

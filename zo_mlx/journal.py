@@ -92,8 +92,12 @@ class Journal:
         seed = zlib.crc32(content[:end])
         if _CRC.unpack_from(content, end)[0] != seed:
             raise UsageError(f"{path} is damaged: its header fails its checksum")
-        header = json.loads(content[start:end])
-        layout = _layout(header["directions"])
+        try:
+            header = json.loads(content[start:end])
+            layout = _layout(int(header["directions"]))
+            header["config"].items(), header["fingerprints"].items()
+        except (ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError) as e:
+            raise UsageError(f"{path} is damaged: its header is not one of zo-mlx ({type(e).__name__}: {e})") from None
         records: list[Record] = []
         at = end + _CRC.size
         while len(content) - at >= layout.size + _CRC.size:
