@@ -84,6 +84,8 @@ def convert(
     for name, value, least in (("--num-samples", num_samples, 1), ("--sequence-length", sequence_length, 2)):
         if value < least:
             raise UsageError(f"{name} must be at least {least}, not {value}")
+    if (q_group_size is not None and not 0 < q_group_size <= 1024) or (q_bits is not None and not 0 < q_bits <= 16):
+        raise UsageError(f"--q-bits {q_bits} with --q-group-size {q_group_size} is out of range")
     if q_bits is not None or q_group_size is not None:
         try:
             mx.quantize(mx.zeros((1, q_group_size or 64)), q_group_size, q_bits)

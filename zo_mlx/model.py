@@ -53,7 +53,7 @@ def weight_files(directory: Path) -> list[Path]:
 def load_tokenizer_of(directory: Path, config: dict[str, Any]) -> TokenizerWrapper:
     """The tokenizer of a model directory. Raises UsageError if it is missing or damaged."""
     try:
-        return load_tokenizer(directory, eos_token_ids=config.get("eos_token_id"))
+        return load_tokenizer(directory, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id"))
     except Exception as e:  # transformers and tokenizers raise many kinds
         raise UsageError(f"{directory}: the tokenizer cannot be loaded: {' '.join(str(e).split())[:300]}") from None
 

@@ -100,7 +100,8 @@ def _resumed_config(recorded: dict[str, Any], given: TrainConfig, names: set[str
     """The recorded settings, with those of the given `names` that a resumed run may change."""
     if set(recorded) != {f.name for f in fields(TrainConfig)}:
         raise UsageError("the run to resume was made by another version of zo-mlx: its settings are not this one's")
-    config = TrainConfig(**{**recorded, **{k: getattr(given, k) for k in names & CHANGEABLE}})
+    changed = {k: getattr(given, k) for k in names & CHANGEABLE}
+    config = TrainConfig(**{**recorded, **changed, "adapter_path": given.adapter_path})
     different = [k for k in sorted(names - CHANGEABLE) if getattr(given, k) != recorded[k]]
     if different:
         listed = ", ".join(f"{k} was {recorded[k]}" for k in different)

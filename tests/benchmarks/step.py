@@ -18,7 +18,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from zo_mlx.config import TrainConfig
+from zo_mlx.config import TrainConfig, resolved
 from zo_mlx.data import batch_order, load_dataset
 from zo_mlx.head import split_head
 from zo_mlx.model import load_sparse
@@ -49,7 +49,7 @@ def main() -> None:
     sparse, tokenizer, index, _ = load_sparse(Path(args.model))
     head = split_head(sparse.model)
     dataset = load_dataset(Path(args.data) / "train.jsonl", tokenizer, 2048)
-    config = TrainConfig(batch_size=args.batch_size, directions=args.directions)
+    config = resolved(TrainConfig(batch_size=args.batch_size, directions=args.directions))
     loss, optimizer, values = make_loss(sparse, head), make_optimizer(config), index.initial_values()
     optimizer.init({"values": values})
     state = optimizer.state
