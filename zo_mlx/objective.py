@@ -28,7 +28,6 @@ class Batch:
         target_token: (n,) the target tokens.
         slots: (P, E, C, L) int32, which of the n targets; n itself for padding. C is 1 except for `choices`.
         labels: (P, E) the right choices, or None.
-        num_tokens: tokens in the rows, without padding.
     """
 
     tokens: mx.array
@@ -37,7 +36,6 @@ class Batch:
     target_token: np.ndarray
     slots: np.ndarray
     labels: mx.array | None
-    num_tokens: int
 
 
 def collate(branches: Sequence[Sequence[Example]]) -> Batch:
@@ -75,7 +73,6 @@ def collate(branches: Sequence[Sequence[Example]]) -> Batch:
         np.array([token for _, token in flat]),
         slots,
         None if labels[0][0] is None else mx.array(labels),
-        sum(len(row) for examples in branches for e in examples for row in e.rows),
     )
 
 
