@@ -10,6 +10,7 @@ import numpy as np
 from mlx_lm.utils import quantize_model, save
 
 from .. import __version__
+from ..config import check_range
 from ..errors import UsageError
 from ..files import new_directory
 from ..index import SensitiveIndex, SensitiveTensor, write_index
@@ -81,9 +82,10 @@ def convert(
         ZoError: a download or a write failed.
     """
     started = time.perf_counter()
-    for name, value, least in (("--num-samples", num_samples, 1), ("--sequence-length", sequence_length, 2)):
-        if value < least:
-            raise UsageError(f"{name} must be at least {least}, not {value}")
+    mx.reset_peak_memory()
+    check_range("--num-samples", num_samples, 1)
+    check_range("--sequence-length", sequence_length, 2)
+    check_range("--seed", seed, 0)
     if (q_group_size is not None and not 0 < q_group_size <= 1024) or (q_bits is not None and not 0 < q_bits <= 16):
         raise UsageError(f"--q-bits {q_bits} with --q-group-size {q_group_size} is out of range")
     if q_bits is not None or q_group_size is not None:

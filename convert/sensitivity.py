@@ -37,7 +37,8 @@ def calibration_sequences(
     Raises:
         UsageError: the text has fewer than N * T tokens.
     """
-    tokens = np.array(tokenizer.encode(text, add_special_tokens=False), dtype=np.int32)
+    # Not verbose: a text longer than the model's context is no mistake here.
+    tokens = np.array(tokenizer.encode(text, add_special_tokens=False, verbose=False), dtype=np.int32)
     windows = tokens[: len(tokens) // sequence_length * sequence_length].reshape(-1, sequence_length)
     if len(windows) < num_samples:
         raise UsageError(

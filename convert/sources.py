@@ -81,7 +81,8 @@ def _open_directory(directory: Path, origin: str, dtype: str | None) -> Source:
     model, config = load_stock_model(directory, lazy=True)
     tokenizer = load_tokenizer_of(directory, config)
     # The same choice, from the same fields, as mlx_lm.convert's, or its tensors would differ from ours.
-    dtype = dtype or config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype")
+    text_config = config.get("text_config")
+    dtype = dtype or config.get("torch_dtype") or (text_config.get("dtype") if isinstance(text_config, dict) else None)
     if dtype in MODEL_CONVERSION_DTYPES:
         _set_dtype(model, getattr(mx, dtype))
     return Source(model, tokenizer, config, origin)

@@ -4,6 +4,7 @@ Runs the same commands as a user would type, and prints them. A second run goes 
 """
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -13,10 +14,9 @@ from typing import Any
 
 from smollm2 import smollm2_path
 
-HERE = Path(__file__).parent
 OUT = Path("demo")
 MODEL, ADAPTER, BEFORE = OUT / "model", OUT / "adapter", OUT / "before.json"
-DATA = HERE / "support"
+DATA = Path(os.path.relpath(Path(__file__).parent / "support"))
 
 
 def run(command: str) -> list[dict[str, Any]]:
@@ -43,7 +43,7 @@ def main() -> None:
         sys.exit("SmolLM2 is not installed; run: make demo")
     OUT.mkdir(exist_ok=True)
     if not MODEL.exists():
-        run(f"zo-mlx convert --hf-path {shlex.quote(str(source))} --mlx-path {MODEL} --num-samples 8")
+        run(f"zo-mlx convert --hf-path {shlex.quote(os.path.relpath(source))} --mlx-path {MODEL} --num-samples 8")
     if not BEFORE.exists():
         before = run(f"zo-mlx evaluate --model {MODEL} --data {DATA}")[-1]
         BEFORE.write_text(json.dumps(before))

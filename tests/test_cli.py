@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -83,6 +84,13 @@ def test_flags_take_precedence_over_yaml_and_yaml_over_defaults(
         ("evaluate --model {model} --data {data} --adapter-path {tmp}/empty", 2, "values.safetensors is missing"),
         ("evaluate --model {cut} --data {data}", 2, "truncated or not a safetensors file"),
         ("generate --model {model} --prompt=", 2, "the prompt is empty"),
+        ("generate --model {model} --prompt a -m 0", 2, "--max-tokens must be at least 1"),
+        ("generate --model {model} --prompt a --temp -1", 2, "--temp must be at least 0"),
+        ("generate --model {model} --prompt a --seed -1", 2, "--seed must be at least 0"),
+        ("generate --model {model} --prompt a\udcff", 2, "the prompt is not valid UTF-8"),
+        ("convert --hf-path {model} --mlx-path {tmp}/o --seed -1", 2, "--seed must be at least 0"),
+        ("train --model {odd} --data {data} --adapter-path {tmp}/a", 2, "must hold a JSON object"),
+        ("train --model {pipe} --data {data} --adapter-path {tmp}/a", 2, "config.json is not a file"),
         ("info {tmp}/none", 2, "no such directory"),
         ("info {tmp}/empty", 2, "neither a model directory"),
         ("convert --hf-path no-such-name/no-such-model --mlx-path {tmp}/o", 1, "cannot be fetched from the hub"),
@@ -103,10 +111,14 @@ def test_bad_input_is_one_clear_line_and_the_right_exit_code(
     shutil.copytree(tiny, tmp_path / "plain", ignore=shutil.ignore_patterns("sensitive*"))
     shutil.copytree(tiny, tmp_path / "cut")
     (tmp_path / "cut/model.safetensors").write_bytes((tiny / "model.safetensors").read_bytes()[:5000])
+    for name in ("odd", "pipe"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "odd/config.json").write_text("7")
+    os.mkfifo(tmp_path / "pipe/config.json")
     write_jsonl(tmp_path / "broken/train.jsonl", [{"text": "a"}])
     with (tmp_path / "broken/train.jsonl").open("a") as f:
         f.write("{oops\n")
-    places = {name: str(tmp_path / name) for name in ("plain", "cut", "broken")}
+    places = {name: str(tmp_path / name) for name in ("plain", "cut", "broken", "odd", "pipe")}
     words = command.format(tmp=tmp_path, model=tiny, data=choice_data, **places).split()
     assert main(words) == code
     captured = capsys.readouterr()
@@ -125,3 +137,21 @@ def test_wrong_flags_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
             main(words)
         assert e.value.code == 2
     capsys.readouterr()
+
+
+def test_a_chat_template_that_fails_is_one_clear_line(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny, tmp_path / "m")
+    (tmp_path / "m/chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
+    assert main(["generate", "--model", str(tmp_path / "m"), "--prompt", "a"]) == 2
+    assert "chat template fails: roles must alternate" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_help_shows_defaults_where_there_are_any(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("convert", "train", "evaluate", "generate", "info"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        text = capsys.readouterr().out
+        assert "(default: None)" not in text
+        assert "(default: False)" not in text

@@ -1,3 +1,4 @@
+import datetime
 from pathlib import Path
 
 import pytest
@@ -37,13 +38,19 @@ def test_bad_yaml_is_refused(content: str, tmp_path: Path) -> None:
         ({"iters": 1.5}, "iters must be int, not 1.5"),
         ({"batch_size": "8"}, "batch_size must be int"),
         ({"learning_rate": float("nan")}, "learning_rate must be at least 0"),
-        ({"learning_rate": float("inf")}, "learning_rate must be at least 0"),
+        ({"learning_rate": float("inf")}, "learning_rate must be at most"),
         ({"epsilon": 0.0}, "epsilon must be at least"),
         ({"optimizer": "sgdd"}, "optimizer must be one of"),
         ({"directions": 2.0}, "directions must be int"),
         ({"mask_prompt": 1}, "mask_prompt must be bool"),
         ({"lr_schedule": {"name": "nothing", "arguments": [1]}}, "lr_schedule is not one that mlx-lm can build"),
         ({"lr_schedule": [1]}, "lr_schedule must be dict"),
+        ({"lr_schedule": {"name": "linear_schedule", "arguments": ["a", 0, 9]}}, "lr_schedule is not one that mlx-lm"),
+        ({"lr_schedule": {"name": "cosine_decay", "arguments": [datetime.date.today(), 9]}}, "lr_schedule is not one"),
+        ({"lr_schedule": {"name": "linear_schedule", "arguments": [1, -1, 9]}}, "lr_schedule gives learning rates of"),
+        ({"seed": 2**64}, "seed must be at most 9223372036854775807"),
+        ({"seed": -1}, "seed must be at least 0, not -1"),
+        ({"model": "a\0b"}, "model must not hold a null character"),
         ({"learnin_rate": 1.0}, "no such settings: learnin_rate"),
     ],
 )

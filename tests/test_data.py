@@ -104,6 +104,7 @@ def test_batches_have_the_labels_of_the_whole_set() -> None:
             "line 2: has",
         ),
         ('{"prompt": "a", "completion": 3}\n', "line 1: field 'completion' must be a non-empty string"),
+        ('{"text": "a\\ud800"}\n', "line 1: holds half a surrogate pair"),
         ('{"text": "a"}\n\n{"text": ""}\n', "line 3: field 'text' must be a non-empty string"),
         ('{"messages": []}\n', "line 1: field 'messages' must be a non-empty list"),
         ('{"messages": [{"content": "x"}]}\n', "line 1: every message must be an object with a 'role'"),

@@ -1,3 +1,5 @@
+import hashlib
+
 import mlx.core as mx
 import numpy as np
 
@@ -17,9 +19,14 @@ def test_directions_are_signs_and_depend_on_seed_step_and_number() -> None:
 
 
 def test_directions_never_change_between_versions() -> None:
-    """A journal replays only if these bits stay what they are."""
-    z = np.array(estimator.directions(seed=7, step=11, count=1, size=32))[0]
-    assert "".join("+" if s > 0 else "-" for s in z) == GOLDEN
+    """A journal replays only if these bits stay what they are: written out here from docs/formats.md."""
+    packed = (7).to_bytes(8, "little") + (11).to_bytes(8, "little") + (1).to_bytes(8, "little")
+    key = mx.random.key(int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little"))
+    expected = np.where(np.array(mx.random.bernoulli(0.5, (32,), key=key)), 1.0, -1.0)
+    z = np.array(estimator.directions(seed=7, step=11, count=2, size=32))[1]
+    assert (z == expected).all()
+    first = np.array(estimator.directions(7, 11, 1, 32))[0]
+    assert "".join("+" if s > 0 else "-" for s in first) == GOLDEN, "MLX's generator changed"
 
 
 GOLDEN = "+-+-++-+++++++-+----++---++++++-"

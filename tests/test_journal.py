@@ -1,4 +1,5 @@
 import json
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -9,12 +10,12 @@ import pytest
 from zo_mlx.errors import UsageError
 from zo_mlx.journal import Journal, Record
 
-HEADER = {"directions": 2, "config": {"seed": 3}, "fingerprints": {"base_model": "ab"}}
+HEADER = {"config": {"seed": 3, "directions": 2}, "fingerprints": {"base_model": "ab"}}
 RECORD_SIZE = 8 + 4 + 2 * 4 + 4
 
 
 def _write(path: Path, count: int, header: dict[str, object] = HEADER) -> bytes:
-    with Journal.create(path, header) as journal:
+    with Journal.create(path, header).open() as journal:
         for n in range(1, count + 1):
             journal.append(Record(n, 0.5 * n, np.array([n, -n], np.float32)))
     return path.read_bytes()
@@ -23,7 +24,7 @@ def _write(path: Path, count: int, header: dict[str, object] = HEADER) -> bytes:
 def test_what_is_appended_is_read_back(tmp_path: Path) -> None:
     content = _write(tmp_path / "journal", 3)
     journal = Journal.read(tmp_path / "journal")
-    assert journal.header == HEADER
+    assert journal.header == {**HEADER, "version": 1}
     assert [(r.step, r.loss, r.projected.tolist()) for r in journal.records] == [
         (1, 0.5, [1, -1]),
         (2, 1.0, [2, -2]),
@@ -41,7 +42,7 @@ def test_a_journal_cut_at_any_byte_keeps_its_whole_records_and_goes_on(tmp_path:
         whole = (length - start) // RECORD_SIZE
         assert len(Journal.read(path).records) == whole
         assert path.stat().st_size == length, "reading must not write"
-        with Journal.resume(path) as journal:
+        with Journal.read(path).open() as journal:
             journal.append(Record(whole + 1, 0.5 * (whole + 1), np.array([whole + 1, -whole - 1], np.float32)))
         assert path.read_bytes() == content[: start + (whole + 1) * RECORD_SIZE]
 
@@ -69,15 +70,46 @@ def test_any_changed_byte_is_detected(tmp_path: Path) -> None:
 
 
 def test_records_of_another_run_are_not_taken(tmp_path: Path) -> None:
-    ours, theirs = _write(tmp_path / "a", 2), _write(tmp_path / "b", 2, {**HEADER, "config": {"seed": 4}})
+    ours, theirs = (
+        _write(tmp_path / "a", 2),
+        _write(tmp_path / "b", 2, {**HEADER, "config": {"seed": 4, "directions": 2}}),
+    )
     (tmp_path / "mixed").write_bytes(ours[:-RECORD_SIZE] + theirs[-RECORD_SIZE:])
     assert len(Journal.read(tmp_path / "mixed").records) == 1
 
 
-@pytest.mark.parametrize("header", [[], {}, {"directions": 2}, {**HEADER, "directions": "x"}, {**HEADER, "config": 1}])
-def test_headers_of_something_else_are_refused(header: object, tmp_path: Path) -> None:
+def _write_header(path: Path, header: object) -> None:
     content = json.dumps(header).encode()
     prefix = b"ZOMLXJ1\n" + struct.pack("<I", len(content)) + content
-    (tmp_path / "journal").write_bytes(prefix + struct.pack("<I", zlib.crc32(prefix)))
+    path.write_bytes(prefix + struct.pack("<I", zlib.crc32(prefix)))
+
+
+@pytest.mark.parametrize("directions", [0, -1, True, "2", 2.0, 1e999, 10**9, None])
+def test_headers_with_absurd_directions_are_refused(directions: object, tmp_path: Path) -> None:
+    _write_header(tmp_path / "journal", {**HEADER, "version": 1, "config": {"directions": directions}})
     with pytest.raises(UsageError, match="its header is not one of zo-mlx"):
         Journal.read(tmp_path / "journal")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [[], {}, {"version": 1}, {**HEADER, "config": 1}, {**HEADER, "fingerprints": {}}, {**HEADER, "fingerprints": [1]}],
+)
+def test_headers_of_something_else_are_refused(header: object, tmp_path: Path) -> None:
+    _write_header(tmp_path / "journal", header)
+    with pytest.raises(UsageError, match="its header is not one of zo-mlx"):
+        Journal.read(tmp_path / "journal")
+
+
+def test_a_journal_that_would_replay_differently_is_refused(tmp_path: Path) -> None:
+    _write_header(tmp_path / "journal", {**HEADER, "version": 2})
+    with pytest.raises(UsageError, match="has version 2, this zo-mlx replays version 1"):
+        Journal.read(tmp_path / "journal")
+
+
+def test_a_record_is_on_the_disk_before_the_step_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr("zo_mlx.journal.flush", lambda fd: synced.append(os.fstat(fd).st_size))
+    with Journal.create(tmp_path / "journal", HEADER).open() as journal:
+        journal.append(Record(1, 0.5, np.array([1, -1], np.float32)))
+        assert synced == [(tmp_path / "journal").stat().st_size]

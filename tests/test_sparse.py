@@ -90,3 +90,29 @@ def test_an_index_of_another_model_is_refused(tiny: Path) -> None:
     tensor.indices[-1] = 10**6
     with pytest.raises(UsageError, match="outside"):
         SparseModel(model, SensitiveIndex({path: tensor}))
+
+
+def test_models_that_mix_the_rows_of_a_batch_are_refused(tiny: Path) -> None:
+    sparse, *_ = load_sparse(tiny)
+    sparse.check_branches()
+    attention = type(sparse.model.layers[0].self_attn)
+
+    class Mixing(attention):  # type: ignore[valid-type, misc]
+        def __call__(self, x: mx.array, *args: object) -> mx.array:
+            return super().__call__(x[::-1], *args)[::-1]
+
+    sparse.model.layers[0].self_attn.__class__ = Mixing
+    with pytest.raises(UsageError, match=r"mlx_lm\.models\.llama cannot be trained: it mixes the rows"):
+        sparse.check_branches()
+
+
+def test_models_that_look_into_their_layers_are_refused(tiny: Path) -> None:
+    sparse, *_ = load_sparse(tiny)
+
+    class Looking(type(sparse.model)):  # type: ignore[misc]
+        def __call__(self, tokens: mx.array) -> mx.array:
+            return super().__call__(tokens) + self.layers[0].self_attn.q_proj.weight.sum()
+
+    sparse.model.__class__ = Looking
+    with pytest.raises(UsageError, match="cannot be trained: AttributeError"):
+        sparse.check_branches()

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from zo_mlx import estimator
-from zo_mlx.config import TrainConfig
+from zo_mlx.config import TrainConfig, resolved
 from zo_mlx.data import Example
 from zo_mlx.step import make_optimizer, replay, step
 
@@ -31,7 +31,9 @@ def _loss(values: mx.array, examples: Sequence[Example]) -> mx.array:
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_three_steps_equal_the_same_steps_in_numpy(optimizer: str) -> None:
-    config = TrainConfig(optimizer=optimizer, learning_rate=1e-3, epsilon=1e-2, directions=2, batch_size=8, seed=5)
+    config = resolved(
+        TrainConfig(optimizer=optimizer, learning_rate=1e-3, epsilon=1e-2, directions=2, batch_size=8, seed=5)
+    )
     update = make_optimizer(config)
     values = mx.array(START)
     update.init({"values": values})
@@ -61,7 +63,7 @@ def test_three_steps_equal_the_same_steps_in_numpy(optimizer: str) -> None:
 @pytest.mark.parametrize("schedule", [None, {"name": "cosine_decay", "arguments": [1e-3, 5], "warmup": 2}])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_replay_repeats_steps_bit_by_bit(optimizer: str, schedule: dict[str, object] | None) -> None:
-    config = TrainConfig(optimizer=optimizer, learning_rate=1e-3, directions=4, lr_schedule=schedule)
+    config = resolved(TrainConfig(optimizer=optimizer, learning_rate=1e-3, directions=4, lr_schedule=schedule))
     update = make_optimizer(config)
     start = mx.array(START)
     update.init({"values": start})

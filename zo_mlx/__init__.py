@@ -12,7 +12,8 @@ from .errors import UsageError, ZoError
 from .evaluate import Evaluation, evaluate
 from .generate import generate
 from .model import load
-from .train import TrainResult, train
+from .run import TrainResult
+from .train import train
 
 __all__ = [
     "Conversion",

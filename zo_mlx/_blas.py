@@ -28,13 +28,15 @@ def open_fast_blas() -> bool:
             stacklevel=3,
         )
         return False
+    # OpenBLAS needs libgfortran.so.5, which a bare Linux does not have; MLX's wheel brings one.
+    return _opened(openblas) or (_open_bundled_gfortran() and _opened(openblas))
+
+
+def _opened(library: Path) -> bool:
     try:
-        ctypes.CDLL(str(openblas), mode=ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     except OSError:
-        # OpenBLAS needs libgfortran.so.5, which a bare Linux does not have; MLX's wheel brings one.
-        if not _open_bundled_gfortran():
-            return False
-        ctypes.CDLL(str(openblas), mode=ctypes.RTLD_GLOBAL)
+        return False
     return True
 
 

@@ -4,6 +4,11 @@
 same step, a resume replays the journal from the start.
 """
 
+import contextlib
+import fcntl
+import os
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +18,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from .errors import UsageError
-from .files import load_safetensors, write_atomically
+from .files import load_safetensors, reporting_disk_errors, write_atomically
 from .journal import FILE_NAME as JOURNAL
 
 VALUES = "values.safetensors"
@@ -32,9 +37,24 @@ class Snapshot:
     values: mx.array
 
 
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold an adapter directory for one process; death releases it. Raises UsageError if another process holds it."""
+    with reporting_disk_errors(directory):
+        fd = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"{directory} is in use: another process is training there") from None
+        yield
+    finally:
+        os.close(fd)
+
+
 def has_run(directory: Path) -> bool:
-    """Whether an adapter directory holds a run."""
-    return any((directory / name).exists() for name in (JOURNAL, VALUES))
+    """Whether an adapter directory holds a run, or files that a run would replace."""
+    return any((directory / name).exists() for name in (JOURNAL, VALUES, OPTIMIZER))
 
 
 def remove_run(directory: Path) -> None:
@@ -75,16 +95,26 @@ def read_snapshot(directory: Path) -> Snapshot:
     return Snapshot(int(metadata["step"]), metadata["journal"], prints, values)
 
 
-def read_optimizer_state(directory: Path, snapshot: Snapshot) -> dict[str, Any] | None:
-    """The optimizer state that goes with a snapshot, or None if there is none of the same run and step."""
+def read_optimizer_state(directory: Path, snapshot: Snapshot, like: dict[str, Any]) -> dict[str, Any] | None:
+    """The optimizer state that goes with a snapshot, or None if there is none of the same run, step and form.
+
+    Args:
+        like: a state with the names, shapes and dtypes to expect.
+    """
     path = directory / OPTIMIZER
     try:
         arrays, metadata = _load(path)
     except UsageError:
         return None
-    if (metadata["step"], metadata["journal"]) != (str(snapshot.step), snapshot.journal):
+    same_moment = (metadata["step"], metadata["journal"]) == (str(snapshot.step), snapshot.journal)
+    if not same_moment or _form(arrays) != _form(dict(tree_flatten(like))):
         return None
     return tree_unflatten(list(arrays.items()))  # type: ignore[return-value]
+
+
+def _form(arrays: dict[str, mx.array]) -> dict[str, Any]:
+    """Names, shapes and dtypes; and that all is finite."""
+    return {k: (a.shape, a.dtype, bool(mx.isfinite(a).all().item())) for k, a in arrays.items()}
 
 
 def _save(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str]) -> None:
@@ -93,7 +123,8 @@ def _save(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str]) -> 
 
 def _load(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     arrays, metadata = load_safetensors(path)
-    if metadata.get("format") != FORMAT or not metadata.get("step", "").isdecimal() or "journal" not in metadata:
+    step = metadata.get("step", "")
+    if metadata.get("format") != FORMAT or not re.fullmatch("[0-9]{1,18}", step) or "journal" not in metadata:
         raise UsageError(f"{path} is not part of a zo-mlx adapter: its metadata lacks format = {FORMAT}")
     if metadata.get("version") != str(VERSION):
         raise UsageError(f"{path} has version {metadata.get('version')}, this zo-mlx reads version {VERSION}")

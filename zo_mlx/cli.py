@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any, get_args
@@ -14,10 +15,9 @@ from . import generate as generate_text
 from . import train as train_model
 from .config import TrainConfig, read_yaml, value_type
 from .convert.select import Scope
-from .errors import ZoError
+from .errors import UsageError, ZoError
 from .info import as_text, info
 from .progress import print_line
-from .train import result_as_dict
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -31,11 +31,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _command(commands: Any, name: str, run: Any, help: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(
-        name, help=help, description=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = commands.add_parser(name, help=help, description=help, formatter_class=_Help)
     parser.set_defaults(run=run)
     return parser
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 def _add_convert(commands: Any) -> argparse.ArgumentParser:
@@ -128,7 +133,7 @@ def _train(args: argparse.Namespace) -> None:
     report = _print_json if args.json else _print_event
     result = train_model(resume=args.resume, overwrite=args.overwrite, report=report, **settings)
     if args.json:
-        _print_json({"event": "result", **result_as_dict(result)})
+        _print_json({"event": "result", **result.as_dict()})
     else:
         print(f"{result.adapter_path}: {result.iterations} steps, {result.adapter_bytes / 1e6:.2f} MB")
 
@@ -148,7 +153,10 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    try:
+        prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    except UnicodeDecodeError as e:
+        raise UsageError(f"the prompt on standard input is not text: {e}") from None
     model, tokenizer = load(args.model, args.adapter_path)
     text = generate_text(
         model,
@@ -194,6 +202,8 @@ def _print_event(event: dict[str, Any]) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run a command; return the exit code: 0, 1 (run-time error), 2 (usage) or 130 (interrupted)."""
     args = build_parser().parse_args(argv)
+    # Stop as for Ctrl-C: a run is left to be resumed, temporary files are removed.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         args.run(args)
     except ZoError as e:

@@ -1,6 +1,7 @@
 """Training settings: one dataclass, from which the command line and the YAML reader take names, types and defaults."""
 
 import dataclasses
+import json
 import math
 import re
 import sys
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import yaml
 from mlx_lm.tuner.utils import build_schedule
 
@@ -34,7 +36,9 @@ class TrainConfig:
         None, "Initial learning rate, falls by 0.1% a step; default: 3e-5 times the directions.", least=0
     )
     optimizer: str = _setting("sgd", "Optimizer of the trainable values.", choices=("sgd", "adam"))
-    lr_schedule: dict[str, Any] | None = _setting(None, "mlx-lm's lr_schedule block (YAML only).")
+    lr_schedule: dict[str, Any] | None = _setting(
+        None, "mlx-lm's lr_schedule block, in place of learning_rate (YAML only)."
+    )
     epsilon: float = _setting(1e-3, "How far the two branches of a direction lie from the values.", least=1e-8)
     directions: int | None = _setting(
         None, "Directions per step, among which the batch is divided; default: half the batch.", least=1
@@ -66,21 +70,42 @@ class TrainConfig:
                 setattr(self, f.name, value)
             if type(value) is not kind:
                 raise UsageError(f"{f.name} must be {kind.__name__}, not {value!r}")
-            if least is not None and not (least <= value < float("inf")):
-                raise UsageError(f"{f.name} must be at least {least}, not {value}")
+            if kind is str and "\0" in value:
+                raise UsageError(f"{f.name} must not hold a null character")
+            if least is not None:
+                check_range(f.name, value, least, sys.float_info.max if kind is float else _MOST)
             if (choices := f.metadata.get("choices")) and value not in choices:
                 raise UsageError(f"{f.name} must be one of {', '.join(choices)}, not {value}")
         if self.directions is not None:
             self.directions = math.gcd(self.directions, self.batch_size)
         if self.lr_schedule is not None:
             try:
-                build_schedule(self.lr_schedule)
+                self.lr_schedule = json.loads(json.dumps(self.lr_schedule))  # as the journal will give it back
+                rate = build_schedule(self.lr_schedule)
+                rates = [float(rate(mx.array(step))) for step in (0, self.iters // 2, self.iters)]
             except Exception as e:  # mlx-lm looks names and arguments up without checking them
                 raise UsageError(f"lr_schedule is not one that mlx-lm can build: {type(e).__name__}: {e}") from None
+            if not all(0 <= r < math.inf for r in rates):
+                raise UsageError(f"lr_schedule gives learning rates of {rates} at the start, middle and end")
+
+
+_MOST = 2**63 - 1  # seeds and step numbers are hashed and written as 64 bits
+
+
+def check_range(name: str, value: float, least: float, most: float = _MOST) -> None:
+    """Raise UsageError for a number out of range."""
+    if not value >= least:
+        raise UsageError(f"{name} must be at least {least}, not {value}")
+    if value > most:
+        raise UsageError(f"{name} must be at most {most}, not {value}")
 
 
 # The noise of random directions is averaged over them, so that the best rate grows with their number.
 RATE_PER_DIRECTION = 3e-5
+
+# Large steps pay while the loss is far from its floor; later the noise of random directions asks for smaller ones. A
+# geometric fall does not depend on the number of steps, so that a run can be made longer.
+RATE_FALL = 0.999
 
 
 def value_type(field: dataclasses.Field[Any]) -> type:
@@ -102,7 +127,8 @@ def resolved(config: TrainConfig) -> TrainConfig:
         q for q in range(1, batch + 1) if batch % q == 0 and (q == 1 or q <= batch / 2)
     )
     rate = RATE_PER_DIRECTION * directions if config.learning_rate is None else config.learning_rate
-    return dataclasses.replace(config, directions=directions, learning_rate=rate)
+    schedule = config.lr_schedule or {"name": "exponential_decay", "arguments": [rate, RATE_FALL]}
+    return dataclasses.replace(config, directions=directions, learning_rate=rate, lr_schedule=schedule)
 
 
 # Settings that a resumed run may change: they do not alter the sequence of updates already made.

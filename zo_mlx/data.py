@@ -4,6 +4,7 @@ Formats are mlx-lm's (`text`, `prompt`/`completion`, `messages`), tokenized by m
 ours: `prompt`/`completion`/`choices`, where the completion is one of the choices, each appended to the prompt as it is.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.datasets import create_dataset
 
 from .errors import UsageError
+from .files import is_text
 
 Kind = Literal["choices", "tokens"]
 
@@ -38,12 +40,14 @@ class Example:
         targets: for `choices`, one list of targets per choice; else a single list.
         label: for `choices`, the index of the right choice; else None.
         choices: for `choices`, their texts.
+        truncated: whether the text was longer than the longest sequence and was cut.
     """
 
     rows: list[list[int]]
     targets: list[list[Target]]
     label: int | None = None
     choices: tuple[str, ...] = ()
+    truncated: bool = False
 
     @property
     def length(self) -> int:
@@ -53,14 +57,26 @@ class Example:
 
 @dataclass
 class Dataset:
-    """The examples of one file; all are of one kind. `truncated` counts texts cut to the longest length."""
+    """The examples of one file; all are of one kind."""
 
     kind: Kind
     examples: list[Example]
-    truncated: int = 0
+
+    @property
+    def truncated(self) -> int:
+        """How many texts were cut to the longest length."""
+        return sum(e.truncated for e in self.examples)
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the tokens, targets and labels of all examples, in hexadecimal."""
+        digest = hashlib.sha256()
+        for e in self.examples:
+            ends = [(len(choice), choice[0], choice[-1]) for choice in e.targets]
+            digest.update(repr((e.rows, ends, e.label)).encode())
+        return digest.hexdigest()
 
 
 def load_dataset(path: Path, tokenizer: TokenizerWrapper, max_length: int, mask_prompt: bool = False) -> Dataset:
@@ -97,16 +113,15 @@ def load_dataset(path: Path, tokenizer: TokenizerWrapper, max_length: int, mask_
         tokenizer,  # type: ignore[arg-type]
         SimpleNamespace(mask_prompt=mask_prompt),
     )
-    examples, truncated = [], 0
+    examples = []
     for number, record in lines:
         where = f"{path}, line {number}"
         try:
             tokens, offset = dataset.process(record)
         except Exception as e:  # chat templates are programs; they raise what they like
             raise UsageError(f"{where}: the tokenizer's chat template fails: {e}") from None
-        truncated += len(tokens) > max_length
-        examples.append(_token_example(tokens[:max_length], offset, len(tokens), max_length, where))
-    return Dataset("tokens", examples, truncated)
+        examples.append(_token_example(tokens, offset, max_length, where))
+    return Dataset("tokens", examples)
 
 
 def batch_order(examples: Sequence[Example], batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
@@ -156,6 +171,8 @@ def _read_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
                     record = json.loads(line)
                 except (ValueError, RecursionError) as e:
                     raise UsageError(f"{path}, line {number}: not JSON: {e}") from None
+                if not is_text(json.dumps(record, ensure_ascii=False)):
+                    raise UsageError(f"{path}, line {number}: holds half a surrogate pair, which is no character")
                 if not isinstance(record, dict):
                     raise UsageError(f"{path}, line {number}: must be a JSON object, not {type(record).__name__}")
                 lines.append((number, record))
@@ -197,14 +214,16 @@ _CHECKS: dict[str, Callable[[dict[str, Any], str], object]] = {
 }
 
 
-def _token_example(tokens: list[int], offset: int, full: int, max_length: int, where: str) -> Example:
+def _token_example(tokens: list[int], offset: int, max_length: int, where: str) -> Example:
     """mlx-lm's loss mask: the tokens from `offset` on are targets (the first token has nothing before it)."""
-    first = max(offset, 1)
+    first, length = max(offset, 1), len(tokens)
+    tokens = tokens[:max_length]
     if first >= len(tokens):
-        if full > max_length:
+        if length > max_length:
             raise UsageError(f"{where}: the prompt has {offset} tokens, more than fit a sequence of {max_length}")
         raise UsageError(f"{where}: it has no token to predict")
-    return Example([tokens[:-1]], [[Target(0, i - 1, tokens[i]) for i in range(first, len(tokens))]])
+    targets = [Target(0, i - 1, tokens[i]) for i in range(first, len(tokens))]
+    return Example([tokens[:-1]], [targets], truncated=length > max_length)
 
 
 def _choice_example(record: dict[str, Any], tokenizer: TokenizerWrapper, max_length: int, where: str) -> Example:

@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from .config import check_range
 from .data import Dataset, load_dataset
 from .errors import UsageError
 from .head import Head, split_head
@@ -28,6 +29,7 @@ class Evaluation:
         accuracy_low, accuracy_high: 95% confidence interval of the accuracy (Wilson 1927).
         macro_f1: for choices, the unweighted mean over choices of their F1.
         perplexity: for tokens, exp(loss).
+        truncated: for tokens, how many texts were longer than the longest sequence and were cut.
     """
 
     examples: int
@@ -37,6 +39,7 @@ class Evaluation:
     accuracy_high: float | None = None
     macro_f1: float | None = None
     perplexity: float | None = None
+    truncated: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The results that apply."""
@@ -44,7 +47,8 @@ class Evaluation:
 
     def __str__(self) -> str:
         if self.accuracy is None:
-            return f"loss {self.loss:.3f}, perplexity {self.perplexity:.3f} ({self.examples} examples)"
+            cut = f", {self.truncated} of them cut" if self.truncated else ""
+            return f"loss {self.loss:.3f}, perplexity {self.perplexity:.3f} ({self.examples} examples{cut})"
         return (
             f"loss {self.loss:.3f}, accuracy {self.accuracy:.1%} (95% {self.accuracy_low:.1%} to "
             f"{self.accuracy_high:.1%}), macro-F1 {self.macro_f1:.3f} ({self.examples} examples)"
@@ -76,8 +80,8 @@ def evaluate(
     Raises:
         UsageError: the data are missing or wrong.
     """
-    if batch_size < 1:
-        raise UsageError(f"batch_size must be at least 1, not {batch_size}")
+    check_range("--batch-size", batch_size, 1)
+    check_range("--max-seq-length", max_seq_length, 2)
     if num_batches == 0 or num_batches < -1:
         raise UsageError(f"the number of batches must be at least 1, or -1 for all, not {num_batches}")
     path = Path(data)
@@ -113,7 +117,9 @@ def evaluate_dataset(
             bar.advance()
     loss = total / count
     if dataset.kind == "tokens":
-        return Evaluation(len(examples), loss, perplexity=math.exp(min(loss, 700)))
+        return Evaluation(
+            len(examples), loss, perplexity=math.exp(min(loss, 700)), truncated=sum(e.truncated for e in examples)
+        )
     correct = sum(p == r for p, r in zip(predicted, right, strict=True))
     low, high = wilson_interval(correct, len(examples))
     return Evaluation(len(examples), loss, correct / len(examples), low, high, macro_f1(predicted, right))
@@ -128,7 +134,10 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[f
 
 
 def macro_f1(predicted: Sequence[str], right: Sequence[str]) -> float:
-    """Unweighted mean of the F1 of every class that occurs among the right or the predicted ones."""
+    """Unweighted mean of the F1 of every class that occurs among the right or the predicted ones.
+
+    A class that is only predicted counts with an F1 of 0 (as in scikit-learn's `f1_score`).
+    """
     scores_of = []
     for name in {*right, *predicted}:
         both = sum(p == r == name for p, r in zip(predicted, right, strict=True))

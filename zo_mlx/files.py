@@ -1,6 +1,7 @@
 """Reading files from strangers and writing files that cannot be half-written."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -18,10 +19,10 @@ from .errors import UsageError, ZoError
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises UsageError if the file is missing, not JSON, or not an object."""
+    if not path.is_file():  # a pipe or a device would be read for ever
+        raise UsageError(f"{path} is missing" if not path.exists() else f"{path} is not a file")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"{path} is missing") from None
     except (OSError, ValueError, RecursionError) as e:
         raise UsageError(f"{path} is not readable JSON: {e}") from None
     if not isinstance(content, dict):
@@ -47,6 +48,15 @@ def load_safetensors(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
         return mx.load(str(path), format="safetensors"), metadata  # type: ignore[return-value]
     except RuntimeError as e:
         raise UsageError(f"{path} cannot be read by MLX: {e}") from None
+
+
+def is_text(string: str) -> bool:
+    """Whether a string can be written as UTF-8: JSON escapes and undecodable bytes may leave lone surrogates."""
+    try:
+        string.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def sha256(path: Path) -> str:
@@ -96,9 +106,18 @@ def sync(path: Path) -> None:
     """Flush a file or directory to the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(fd)
+        flush(fd)
     finally:
         os.close(fd)
+
+
+def flush(fd: int) -> None:
+    """Flush an open file to the disk itself: on macOS, `fsync` alone leaves the data in the drive's cache."""
+    if hasattr(fcntl, "F_FULLFSYNC"):
+        with contextlib.suppress(OSError):  # network file systems do not have it
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(fd)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,9 @@ import mlx_lm
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from .config import check_range
 from .errors import UsageError
+from .files import is_text
 
 
 def generate(
@@ -39,15 +41,24 @@ def generate(
         The generated text, without the prompt.
 
     Raises:
-        UsageError: an empty prompt, or no chat template to apply.
+        UsageError: an empty prompt or one that is not text, settings out of range, no chat template that works.
     """
-    if not prompt:
-        raise UsageError("the prompt is empty")
-    tokens = tokenizer.encode(prompt)
-    if not ignore_chat_template:
-        if not tokenizer.has_chat_template:
-            raise UsageError("the model has no chat template; give --ignore-chat-template")
-        tokens = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
+    if not prompt or not is_text(prompt):
+        raise UsageError("the prompt is empty" if not prompt else "the prompt is not valid UTF-8 text")
+    check_range("--max-tokens", max_tokens, 1)
+    check_range("--temp", temp, 0)
+    check_range("--top-p", top_p, 0, 1)
+    check_range("--seed", seed or 0, 0)
+    if ignore_chat_template:
+        tokens = tokenizer.encode(prompt)
+    elif not tokenizer.has_chat_template:
+        raise UsageError("the model has no chat template; give --ignore-chat-template")
+    else:
+        messages = [{"role": "user", "content": prompt}]
+        try:
+            tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        except Exception as e:  # chat templates are programs; they raise what they like
+            raise UsageError(f"the model's chat template fails: {e}; give --ignore-chat-template") from None
     if seed is not None:
         mx.random.seed(seed)  # mlx-lm samples from the global state
     return mlx_lm.generate(

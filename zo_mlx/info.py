@@ -52,19 +52,15 @@ def _model(directory: Path) -> dict[str, Any]:
             **index.metadata,
             "sha256": sha256(directory / INDEX),
             "matches_model": index.metadata.get("base_model") == found["fingerprint"],
-            "layers": _layers(index, shapes, _bits(config)),
+            "layers": _layers(index, shapes, config),
         }
     return found
 
 
-def _bits(config: dict[str, Any]) -> int:
-    return (config.get("quantization") or {}).get("bits", 32)
-
-
-def _layers(index: SensitiveIndex, shapes: dict[str, tuple[int, ...]], bits: int) -> list[dict[str, Any]]:
+def _layers(index: SensitiveIndex, shapes: dict[str, tuple[int, ...]], config: dict[str, Any]) -> list[dict[str, Any]]:
     layers = []
     for path, tensor in index.tensors.items():
-        weights = math.prod(shapes.get(path, (0,))) * 32 // bits
+        weights = math.prod(shapes.get(path, (0,))) * 32 // _bits(config, path)
         layers.append(
             {
                 "path": path,
@@ -76,6 +72,16 @@ def _layers(index: SensitiveIndex, shapes: dict[str, tuple[int, ...]], bits: int
     return layers
 
 
+def _bits(config: dict[str, Any], path: str) -> int:
+    """Bits per weight of a layer; mlx-lm's config has one number for all, and others for some layers by path."""
+    quantization = config.get("quantization")
+    if not isinstance(quantization, dict):
+        return 32
+    own = quantization.get(path)
+    bits = (own if isinstance(own, dict) else quantization).get("bits")
+    return bits if type(bits) is int and 0 < bits <= 32 else 32
+
+
 def _adapter(directory: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"kind": "adapter", "path": str(directory)}
     if (directory / JOURNAL).exists():
@@ -84,7 +90,8 @@ def _adapter(directory: Path) -> dict[str, Any]:
             "journal": run.identity,
             "steps": len(run.records),
             "last_loss": run.records[-1].loss if run.records else None,
-            **run.header,
+            "config": run.header["config"],
+            "fingerprints": run.header["fingerprints"],
         }
     if (directory / adapter.VALUES).exists():
         snapshot = adapter.read_snapshot(directory)
@@ -108,7 +115,7 @@ def as_text(found: dict[str, Any]) -> str:
         else:
             lines.append(f"{key}: {_short(value)}")
     if layers:
-        total = sum(layer["score"] for layer in layers)
+        total = sum(layer["score"] for layer in layers) or math.nan
         width = max(len(layer["path"]) for layer in layers)
         lines.append(f"{'layer':{width}}  trainable   density  share of the index's scores")
         lines += [

@@ -12,13 +12,17 @@ from typing import Any
 import numpy as np
 
 from .errors import UsageError, ZoError
-from .files import reporting_disk_errors, sync, write_atomically
+from .files import flush, reporting_disk_errors, write_atomically
 
 FILE_NAME = "journal"
 MAGIC = b"ZOMLXJ1\n"
 _LENGTH = struct.Struct("<I")
 _CRC = struct.Struct("<I")
 _HEADER_LIMIT = 1 << 20
+_MOST_DIRECTIONS = 1 << 16
+
+# Raised whenever the same journal would be replayed to other values: directions, update rule, schedules.
+VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -31,51 +35,38 @@ class Record:
 
 
 class Journal:
-    """An open journal. Use `create` for a new run, `read` to look at one, `resume` to go on with one.
+    """A run's journal: `create` a new one or `read` one that exists, then `open` it to append.
 
     Attributes:
-        header: what a replay needs: fingerprints, settings, number of directions.
+        header: what a replay needs: `config`, the run's settings, and `fingerprints` of what it was run on.
         records: those in the file, in order.
     """
 
-    def __init__(self, path: Path, header: dict[str, Any], seed: int, records: list[Record]):
+    def __init__(self, path: Path, header: dict[str, Any], seed: int, records: list[Record], size: int):
         self.path, self.header, self.records = path, header, records
         # Checksums are chained to the header's, so that a record of another journal is never taken for one of this.
         self._seed = seed
+        self._size = size  # bytes of header and whole records
+        self._layout = _layout(header)
         self._fd: int | None = None
 
     @classmethod
     def create(cls, path: Path, header: dict[str, Any]) -> "Journal":
-        """Write a new journal with no records and open it for appending."""
+        """Write a new journal with no records."""
+        header = {"version": VERSION, **header}
         content = json.dumps(header, sort_keys=True).encode()
         prefix = MAGIC + _LENGTH.pack(len(content)) + content
         seed = zlib.crc32(prefix)
         write_atomically(path, lambda p: p.write_bytes(prefix + _CRC.pack(seed)))
-        journal = cls(path, header, seed, [])
-        journal._open()
-        return journal
+        return cls(path, header, seed, [], len(prefix) + _CRC.size)
 
     @classmethod
     def read(cls, path: Path) -> "Journal":
         """Read and check a journal. A torn last record, left by a crash while it was written, is ignored.
 
         Raises:
-            UsageError: no journal, or one that is damaged before its last record.
+            UsageError: no journal, one of another version, or one that is damaged before its last record.
         """
-        return cls._parse(path)[0]
-
-    @classmethod
-    def resume(cls, path: Path) -> "Journal":
-        """As `read`, then cut a torn last record off and open for appending."""
-        journal, good = cls._parse(path)
-        with reporting_disk_errors(path):
-            os.truncate(path, good)
-            sync(path)
-        journal._open()
-        return journal
-
-    @classmethod
-    def _parse(cls, path: Path) -> tuple["Journal", int]:
         try:
             content = path.read_bytes()
         except FileNotFoundError:
@@ -94,10 +85,11 @@ class Journal:
             raise UsageError(f"{path} is damaged: its header fails its checksum")
         try:
             header = json.loads(content[start:end])
-            layout = _layout(int(header["directions"]))
-            header["config"].items(), header["fingerprints"].items()
-        except (ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError) as e:
+            layout = _layout(header)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise UsageError(f"{path} is damaged: its header is not one of zo-mlx ({type(e).__name__}: {e})") from None
+        if header.get("version") != VERSION:
+            raise UsageError(f"{path} has version {header.get('version')}, this zo-mlx replays version {VERSION}")
         records: list[Record] = []
         at = end + _CRC.size
         while len(content) - at >= layout.size + _CRC.size:
@@ -110,7 +102,7 @@ class Journal:
             at += layout.size + _CRC.size
         if len(content) - at > layout.size + _CRC.size:
             raise UsageError(f"{path} is damaged at record {len(records) + 1}, which is not the last")
-        return cls(path, header, seed, records), at
+        return cls(path, header, seed, records, at)
 
     @property
     def identity(self) -> str:
@@ -120,17 +112,20 @@ class Journal:
     def append(self, record: Record) -> None:
         """Append a record and sync it to the disk: when this returns, the step counts."""
         assert self._fd is not None, "the journal is not open for appending"
-        body = _layout(self.header["directions"]).pack(record.step, record.loss, *record.projected.tolist())
+        body = self._layout.pack(record.step, record.loss, *record.projected.tolist())
         content = body + _CRC.pack(zlib.crc32(body, self._seed))
         with reporting_disk_errors(self.path):
             if (written := os.write(self._fd, content)) != len(content):
                 raise ZoError(f"cannot write {self.path}: {written} of {len(content)} bytes fitted; is the disk full?")
-            os.fsync(self._fd)
+            flush(self._fd)
         self.records.append(record)
 
-    def _open(self) -> None:
+    def open(self) -> "Journal":
+        """Open for appending, without a torn last record; use the result as a context manager."""
         with reporting_disk_errors(self.path):
             self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+            os.ftruncate(self._fd, self._size)
+        return self
 
     def __enter__(self) -> "Journal":
         return self
@@ -143,6 +138,15 @@ class Journal:
             self._fd = None
 
 
-def _layout(directions: int) -> struct.Struct:
-    """A record without its checksum: step (uint64), mean loss (float32), q projected gradients (float32)."""
+def _layout(header: dict[str, Any]) -> struct.Struct:
+    """A record without its checksum: step (uint64), mean loss (float32), q projected gradients (float32).
+
+    Raises ValueError, KeyError or TypeError for a header that is not a journal's.
+    """
+    directions = header["config"]["directions"]
+    if type(directions) is not int or not 1 <= directions <= _MOST_DIRECTIONS:
+        raise ValueError(f"{directions!r} directions")
+    prints = header["fingerprints"]
+    if not prints or not all(isinstance(v, str) for v in prints.values()):
+        raise ValueError(f"fingerprints {prints!r}")
     return struct.Struct(f"<Qf{directions}f")

@@ -90,8 +90,8 @@ def load_sparse(directory: Path) -> tuple[SparseModel, TokenizerWrapper, Sensiti
 def context_length(config: dict[str, Any]) -> int:
     """The longest sequence a model was made for, in tokens; very large where its config does not say."""
     for key in ("max_position_embeddings", "n_positions", "max_sequence_length"):
-        for place in (config, config.get("text_config") or {}):
-            if isinstance(length := place.get(key), int):
+        for place in (config, config.get("text_config")):
+            if isinstance(place, dict) and type(length := place.get(key)) is int:
                 return length
     return 1 << 30
 
@@ -102,7 +102,7 @@ def load(path: str | Path, adapter_path: str | Path | None = None) -> tuple[nn.M
     Args:
         path: an MLX model directory.
         adapter_path: a directory made by `zo_mlx.train`: its values replace those of the base model. Without it, the
-            model computes what stock mlx-lm computes from the same directory.
+            model computes what stock mlx-lm computes from the same directory (on the CPU backend, in float32).
 
     Returns:
         The model and its tokenizer, as `mlx_lm.load` returns them.
@@ -119,5 +119,9 @@ def load(path: str | Path, adapter_path: str | Path | None = None) -> tuple[nn.M
     actual = {"base_model": index.metadata["base_model"], "index": sha256(directory / INDEX)}
     if changed := [k for k, v in actual.items() if snapshot.fingerprints.get(k) != v]:
         raise UsageError(f"the adapter {adapter_path} was trained on another model: {' and '.join(changed)} differs")
+    if snapshot.values.size != sparse.size:
+        raise UsageError(
+            f"the adapter {adapter_path} is damaged: it has {snapshot.values.size} values, not {sparse.size}"
+        )
     sparse.set_values(snapshot.values[None])
     return sparse.model, tokenizer

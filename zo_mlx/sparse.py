@@ -115,6 +115,32 @@ class SparseModel:
         for layer, own in zip(self._layers, slices, strict=True):
             layer.set_values(own)
 
+    def check_branches(self) -> None:
+        """Check that branches stacked in one pass are computed apart, by comparing them with passes of their own.
+
+        Raises UsageError for a model that mixes or reorders the rows of a batch before its sparse layers.
+        """
+        tokens = mx.array([[1, 3, 2], [2, 1, 3]])
+        base = mx.concatenate([layer._base_values for layer in self._layers])
+        branches = mx.stack([base, base + 4 * mx.abs(base).mean()])
+        try:
+            apart = []
+            for values in branches:
+                self.set_values(values[None])
+                apart.append(self.model(tokens))
+            self.set_values(branches)
+            stacked = self.model(mx.concatenate([tokens, tokens]))
+            error = mx.abs(stacked - mx.concatenate(apart)).max().item()
+            effect = mx.abs(apart[1] - apart[0]).max().item()
+        except Exception as e:  # whatever an architecture does with layers that are not its own
+            raise UsageError(f"{type(self.model).__module__} cannot be trained: {type(e).__name__}: {e}") from None
+        finally:
+            self.set_values(None)
+        if not error <= 0.05 * effect:
+            raise UsageError(
+                f"{type(self.model).__module__} cannot be trained: it mixes the rows of a batch, where the branches are"
+            )
+
 
 def _mismatch(module: nn.Module | None, last: int) -> str | None:
     if module is None:

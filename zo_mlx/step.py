@@ -1,4 +1,4 @@
-"""One training step, as a pure function of the values, the optimizer's state, the examples, and three numbers."""
+"""One training step: a function of values, optimizer state, examples, step number and settings."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,10 +16,6 @@ from .head import Head
 from .journal import Record
 from .objective import branch_losses, collate, scores
 from .sparse import SparseModel
-
-# Large steps pay while the loss is far from its floor; later the noise of random directions asks for smaller ones. A
-# geometric fall does not depend on the number of steps, so that a run can be made longer.
-DECAY = 0.999
 
 State = dict[str, Any]
 Loss = Callable[[mx.array, Sequence[Example]], mx.array]
@@ -44,12 +40,8 @@ def make_loss(sparse: SparseModel, head: Head) -> Loss:
 
 def make_optimizer(config: TrainConfig) -> optim.Optimizer:
     """The run's optimizer, with no state yet."""
-    if config.lr_schedule:
-        rate = build_schedule(config.lr_schedule)
-    else:
-        assert config.learning_rate is not None, "the settings are not resolved"
-        rate = optim.exponential_decay(config.learning_rate, DECAY)
-    return {"sgd": optim.SGD, "adam": optim.Adam}[config.optimizer](rate)
+    assert config.lr_schedule is not None, "the settings are not resolved"
+    return {"sgd": optim.SGD, "adam": optim.Adam}[config.optimizer](build_schedule(config.lr_schedule))
 
 
 def step(
@@ -65,7 +57,7 @@ def step(
 
     Args:
         loss: from `make_loss`.
-        optimizer: gives the update rule; its own state is not used.
+        optimizer: gives the update rule; its own state is replaced.
         values: (K,) float32.
         state: the optimizer's.
         examples: B of them, a multiple of q.

@@ -1,55 +1,22 @@
-"""The training loop: data in, journal and adapter out; everything that happens around the pure step."""
+"""The training entry point: which run to begin or to go on with, and who may write to its directory."""
 
-import dataclasses
-import math
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+import contextlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from . import adapter, journal
-from .config import CHANGEABLE, TrainConfig, resolved
-from .data import Dataset, batch_order, load_dataset
-from .errors import Interrupted, UsageError, ZoError
-from .evaluate import Evaluation, evaluate_dataset
-from .files import reporting_disk_errors, sha256
-from .head import split_head
-from .index import FILE_NAME as INDEX
-from .model import context_length, load_sparse
-from .progress import Progress
-from .step import make_loss, make_optimizer, replay, step
+from .config import CHANGEABLE, TrainConfig
+from .errors import UsageError
+from .files import reporting_disk_errors
+from .run import Report, Run, TrainResult
 
 # MLX keeps freed buffers for reuse; batches of many lengths would otherwise make it keep several generations of them.
 CACHE_BYTES = 256 << 20
-
-Report = Callable[[dict[str, Any]], None]
-
-
-@dataclass
-class TrainResult:
-    """What a run did: `before` (this process's first step) and `after` on the validation set, `test` on the test set.
-
-    Attributes:
-        seconds_per_step: median over this process's steps.
-        weights_memory: bytes MLX held before the first step.
-        peak_memory: bytes MLX held at most during the steps; evaluations have their own, lower or higher.
-    """
-
-    adapter_path: str
-    iterations: int
-    trainable: int
-    train_loss: float | None
-    before: Evaluation | None
-    after: Evaluation | None
-    test: Evaluation | None
-    seconds_per_step: float | None
-    weights_memory: int
-    peak_memory: int
-    adapter_bytes: int
 
 
 def train(
@@ -65,7 +32,8 @@ def train(
     Args:
         resume: go on with the run in `adapter_path`; its own settings hold, and those given must agree with them.
         overwrite: replace a run in `adapter_path`.
-        report: called with every event (`train`, `validation`, `test`, `warning`) as a dictionary.
+        report: called with every event (`train`, `validation`, `test`, `warning`) as a dictionary; by default warnings
+            become Python's.
         progress: report progress on standard error.
         **settings: the fields of `TrainConfig`: model, data, adapter_path, iters, learning_rate ...
 
@@ -78,216 +46,61 @@ def train(
         raise UsageError(f"no such settings: {', '.join(sorted(unknown))}")
     given = TrainConfig(**settings)
     given.check()
-    directory = Path(given.adapter_path)
     if resume and overwrite:
         raise UsageError("--resume and --overwrite exclude each other")
-    if not resume and not overwrite and adapter.has_run(directory):
-        raise UsageError(
-            f"{directory} already holds a run; give --resume to go on with it or --overwrite to replace it"
-        )
-    past = journal.Journal.read(directory / journal.FILE_NAME) if resume else None
-    config = _resumed_config(past.header["config"], given, set(settings)) if past else given
-    run = _Run(config, report or (lambda event: None), progress)
-    if past:
-        run.resume()
-    else:
-        run.start()
-    with run.journal:
+    directory = Path(given.adapter_path)
+    with contextlib.ExitStack() as held, _bounded_cache():
+        if resume:
+            if not adapter.has_run(directory):
+                raise UsageError(f"{directory} holds no training run to resume")
+            held.enter_context(adapter.locked(directory))
+            past = journal.Journal.read(directory / journal.FILE_NAME)
+            run = Run(_resumed_config(past.header["config"], settings), report or _print_warning, progress)
+            run.resume(past)
+        else:
+            if not overwrite:
+                _refuse_run(directory)
+            run = Run(given, report or _print_warning, progress)
+            with reporting_disk_errors(directory):
+                directory.mkdir(parents=True, exist_ok=True)
+            held.enter_context(adapter.locked(directory))
+            if not overwrite:
+                _refuse_run(directory)  # another process may have begun one while the model was loading
+            run.start()
+        held.enter_context(run.journal.open())
         return run.go()
 
 
-def _resumed_config(recorded: dict[str, Any], given: TrainConfig, names: set[str]) -> TrainConfig:
-    """The recorded settings, with those of the given `names` that a resumed run may change."""
+def _refuse_run(directory: Path) -> None:
+    if adapter.has_run(directory):
+        raise UsageError(
+            f"{directory} already holds a run; give --resume to go on with it or --overwrite to replace it"
+        )
+
+
+def _resumed_config(recorded: dict[str, Any], given: dict[str, Any]) -> TrainConfig:
+    """The recorded settings with the given ones; only those in `CHANGEABLE` may differ."""
     if set(recorded) != {f.name for f in fields(TrainConfig)}:
         raise UsageError("the run to resume was made by another version of zo-mlx: its settings are not this one's")
-    changed = {k: getattr(given, k) for k in names & CHANGEABLE}
-    config = TrainConfig(**{**recorded, **changed, "adapter_path": given.adapter_path})
-    different = [k for k in sorted(names - CHANGEABLE) if getattr(given, k) != recorded[k]]
+    config = TrainConfig(**{**recorded, "adapter_path": TrainConfig.adapter_path, **given})
+    config.check()
+    different = [k for k in sorted(given.keys() - CHANGEABLE) if getattr(config, k) != recorded[k]]
     if different:
         listed = ", ".join(f"{k} was {recorded[k]}" for k in different)
         raise UsageError(f"a resumed run keeps its settings: {listed}")
-    config.check()
     return config
 
 
-class _Run:
-    """A run in progress: the loaded model and data, and the state after `done` steps."""
-
-    def __init__(self, config: TrainConfig, report: Report, progress: bool):
-        self.config, self.report, self.progress = config, report, progress
-        self.directory = Path(config.adapter_path)
-        model, data = Path(config.model), Path(config.data)
-        self.sparse, self.tokenizer, index, model_config = load_sparse(model)
-        self.longest = min(config.max_seq_length, context_length(model_config))
-        self.train_set = self.load_data(data / "train.jsonl")
-        self.valid_set = self.load_data(data / "valid.jsonl") if (data / "valid.jsonl").exists() else None
-        if self.valid_set is None:
-            self.warn(f"{data / 'valid.jsonl'} is missing: training goes on without validation")
-        self.test_set = self.load_data(data / "test.jsonl") if config.test else None
-        if len(self.train_set) < config.batch_size:
-            raise UsageError(
-                f"{data / 'train.jsonl'} has {len(self.train_set)} examples, "
-                f"fewer than --batch-size {config.batch_size}"
-            )
-        self.config = config = resolved(config)
-        self.head = split_head(self.sparse.model)
-        self.model_prints = {"base_model": index.metadata["base_model"], "index": sha256(model / INDEX)}
-        self.prints = {**self.model_prints, "train.jsonl": sha256(data / "train.jsonl")}
-        if (tokenizer := model / "tokenizer.json").exists():
-            self.prints["tokenizer.json"] = sha256(tokenizer)
-        self.optimizer = make_optimizer(config)
-        self.values = index.initial_values()
-        self.optimizer.init({"values": self.values})
-        self.state = self.optimizer.state
-        self.done = 0
-        self.epoch: tuple[int, list[np.ndarray]] = (-1, [])
-
-    def warn(self, message: str) -> None:
-        self.report({"event": "warning", "message": message})
-
-    def load_data(self, path: Path) -> Dataset:
-        dataset = load_dataset(path, self.tokenizer, self.longest, self.config.mask_prompt)
-        if dataset.truncated:
-            self.warn(f"{path}: {dataset.truncated} sequences are longer than {self.longest} tokens and were cut")
-        return dataset
-
-    def start(self) -> None:
-        """Begin a new run in the adapter directory, in place of any old one."""
-        with reporting_disk_errors(self.directory):
-            self.directory.mkdir(parents=True, exist_ok=True)
-            adapter.remove_run(self.directory)
-        header = {"config": asdict(self.config), "directions": self.config.directions, "fingerprints": self.prints}
-        self.journal = journal.Journal.create(self.directory / journal.FILE_NAME, header)
-
-    def resume(self) -> None:
-        """Restore the state after the journal's last record: from a snapshot if there is one, and by replay."""
-        path = self.directory / journal.FILE_NAME
-        self.journal = journal.Journal.resume(path)
-        recorded = self.journal.header["fingerprints"]
-        if changed := [name for name in recorded if recorded[name] != self.prints.get(name)]:
-            raise UsageError(f"{path} belongs to another run: {' and '.join(changed)} changed since it began")
-        try:
-            snapshot = adapter.read_snapshot(self.directory)
-        except UsageError:
-            snapshot = None  # the journal alone suffices
-        if snapshot and snapshot.journal == self.journal.identity and snapshot.step <= len(self.journal.records):
-            state = adapter.read_optimizer_state(self.directory, snapshot)
-            if state is not None and snapshot.values.shape == self.values.shape:
-                self.values, self.state, self.done = snapshot.values, state, snapshot.step
-        records = self.journal.records[self.done :]
-        self.values, self.state = replay(self.optimizer, self.values, self.state, records, self.config)
-        self.done = len(self.journal.records)
-
-    def examples(self, number: int) -> list[Any]:
-        """The examples of step `number`, a function of (data, seed, number)."""
-        epoch, position = divmod(number - 1, len(self.train_set) // self.config.batch_size)
-        if self.epoch[0] != epoch:
-            order = batch_order(self.train_set.examples, self.config.batch_size, self.config.seed, epoch)
-            self.epoch = epoch, order
-        return [self.train_set.examples[i] for i in self.epoch[1][position]]
-
-    def evaluate(self, dataset: Dataset, batches: int) -> Evaluation:
-        self.sparse.set_values(self.values[None])
-        return evaluate_dataset(self.head, dataset, self.config.batch_size, batches, self.progress)
-
-    def validate(self) -> Evaluation | None:
-        if self.valid_set is None or self.config.val_batches == 0:
-            return None
-        result = self.evaluate(self.valid_set, self.config.val_batches)
-        self.report({"event": "validation", "iteration": self.done, **result.as_dict()})
-        return result
-
-    def save(self) -> None:
-        snapshot = adapter.Snapshot(self.done, self.journal.identity, self.model_prints, self.values)
-        adapter.write_snapshot(self.directory, snapshot, self.state)
-
-    def go(self) -> TrainResult:
-        """Train to the last step; save, evaluate and report on the way."""
-        config = self.config
-        mx.set_cache_limit(CACHE_BYTES)
-        weights = mx.get_active_memory()
-        before = after = self.validate()
-        mx.reset_peak_memory()
-        loss = make_loss(self.sparse, self.head)
-        meter = _Meter()
-        peak = 0
-        try:
-            with Progress("Training", config.iters, "step", self.progress, initial=self.done) as bar:
-                for number in range(self.done + 1, config.iters + 1):
-                    started = time.perf_counter()
-                    examples = self.examples(number)
-                    values, state, record = step(
-                        loss, self.optimizer, self.values, self.state, examples, number, config
-                    )
-                    losses_finite = math.isfinite(record.loss) and np.isfinite(record.projected).all()
-                    if not (losses_finite and mx.isfinite(values).all()):
-                        raise ZoError(
-                            f"the loss is not finite at step {number}: stopped; the state after step {self.done} "
-                            f"is kept in {self.directory}. Try a smaller --learning-rate"
-                        )
-                    self.journal.append(record)
-                    self.values, self.state, self.done = values, state, number
-                    meter.add(time.perf_counter() - started, record.loss, examples)
-                    bar.advance()
-                    if number % config.steps_per_report == 0 or number == config.iters:
-                        rate = self.state["learning_rate"].item()
-                        self.report({"event": "train", "iteration": number, "learning_rate": rate, **meter.take()})
-                    if number % config.save_every == 0:
-                        self.save()
-                    if number % config.steps_per_eval == 0 or number == config.iters:
-                        peak = max(peak, mx.get_peak_memory())
-                        after = self.validate()
-                        mx.reset_peak_memory()
-        except KeyboardInterrupt:
-            raise Interrupted(f"stopped after step {self.done}; go on with the same command and --resume") from None
-        finally:
-            self.save()
-        peak = max(peak, mx.get_peak_memory())
-        test = self.evaluate(self.test_set, config.test_batches) if self.test_set and config.test_batches else None
-        if test:
-            self.report({"event": "test", "iteration": self.done, **test.as_dict()})
-        return TrainResult(
-            str(self.directory), self.done, self.sparse.size, meter.last_loss, before, after, test,
-            meter.median_seconds, weights, peak, adapter.size_bytes(self.directory),
-        )  # fmt: skip
+def _print_warning(event: dict[str, Any]) -> None:
+    if event["event"] == "warning":
+        warnings.warn(event["message"], stacklevel=2)
 
 
-class _Meter:
-    """Averages between reports, and the median time of a step."""
-
-    def __init__(self) -> None:
-        self._seconds: list[float] = []
-        self._losses: list[float] = []
-        self._tokens = 0
-        self._reported = 0
-        self.last_loss: float | None = None
-
-    def add(self, seconds: float, loss: float, examples: list[Any]) -> None:
-        self._seconds.append(seconds)
-        self._losses.append(loss)
-        self._tokens += sum(len(row) for e in examples for row in e.rows)
-
-    def take(self) -> dict[str, float]:
-        """The averages since the last call, under mlx-lm's names."""
-        seconds = sum(self._seconds[self._reported :])
-        self.last_loss = sum(self._losses) / len(self._losses)
-        result = {
-            "train_loss": self.last_loss,
-            "iterations_per_second": len(self._losses) / seconds,
-            "tokens_per_second": self._tokens / seconds,
-            "peak_memory": mx.get_peak_memory() / 1e9,
-        }
-        self._losses, self._tokens, self._reported = [], 0, len(self._seconds)
-        return result
-
-    @property
-    def median_seconds(self) -> float | None:
-        return float(np.median(self._seconds)) if self._seconds else None
-
-
-def result_as_dict(result: TrainResult) -> dict[str, Any]:
-    """A result as JSON-ready data."""
-    return {
-        k: v.as_dict() if isinstance(v, Evaluation) else v
-        for k, v in ((f.name, getattr(result, f.name)) for f in dataclasses.fields(result))
-    }
+@contextlib.contextmanager
+def _bounded_cache() -> Iterator[None]:
+    """Bound MLX's cache of freed buffers for the duration of a run."""
+    before = mx.set_cache_limit(CACHE_BYTES)
+    try:
+        yield
+    finally:
+        mx.set_cache_limit(before)

@@ -1,0 +1,231 @@
+"""One run: the loaded model and data, the state after some steps, and the loop over the next ones."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from . import adapter, journal
+from .config import TrainConfig, resolved
+from .data import Dataset, batch_order, load_dataset
+from .errors import Interrupted, UsageError, ZoError
+from .evaluate import Evaluation, evaluate_dataset
+from .files import reporting_disk_errors, sha256
+from .head import split_head
+from .index import FILE_NAME as INDEX
+from .model import context_length, load_sparse
+from .progress import Progress
+from .step import make_loss, make_optimizer, replay, step
+
+Report = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class TrainResult:
+    """What a run did: `before` (this process's first step) and `after` on the validation set, `test` on the test set.
+
+    Attributes:
+        seconds_per_step: median over this process's steps.
+        weights_memory: bytes MLX held before the first step.
+        peak_memory: bytes MLX held at most during the steps; evaluations have their own, lower or higher.
+    """
+
+    adapter_path: str
+    iterations: int
+    trainable: int
+    train_loss: float | None
+    before: Evaluation | None
+    after: Evaluation | None
+    test: Evaluation | None
+    seconds_per_step: float | None
+    weights_memory: int
+    peak_memory: int
+    adapter_bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """The result as JSON-ready data."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {k: v.as_dict() if isinstance(v, Evaluation) else v for k, v in found.items()}
+
+
+class Run:
+    """A run in progress: the loaded model and data, and the state after `done` steps."""
+
+    def __init__(self, config: TrainConfig, report: Report, progress: bool):
+        self.config, self.report, self.progress = config, report, progress
+        self.directory = Path(config.adapter_path)
+        model, data = Path(config.model), Path(config.data)
+        self.sparse, self.tokenizer, index, model_config = load_sparse(model)
+        self.longest = min(config.max_seq_length, context_length(model_config))
+        self.train_set = self.load_data(data / "train.jsonl")
+        self.valid_set = self.load_data(data / "valid.jsonl") if (data / "valid.jsonl").exists() else None
+        if self.valid_set is None:
+            self.warn(f"{data / 'valid.jsonl'} is missing: training goes on without validation")
+        self.test_set = self.load_data(data / "test.jsonl") if config.test else None
+        if len(self.train_set) < config.batch_size:
+            raise UsageError(
+                f"{data / 'train.jsonl'} has {len(self.train_set)} examples, "
+                f"fewer than --batch-size {config.batch_size}"
+            )
+        self.config = config = resolved(config)
+        self.head = split_head(self.sparse.model)
+        self.sparse.check_branches()
+        self.model_prints = {"base_model": index.metadata["base_model"], "index": sha256(model / INDEX)}
+        self.prints = {
+            **self.model_prints,
+            "train.jsonl": sha256(data / "train.jsonl"),
+            "tokenized training set": self.train_set.fingerprint(),  # tokenizer and chat template take part in it
+        }
+        self.optimizer = make_optimizer(config)
+        self.values = index.initial_values()
+        self.optimizer.init({"values": self.values})
+        self.state = self.optimizer.state
+        self.done = 0
+        self.epoch: tuple[int, list[np.ndarray]] = (-1, [])
+
+    def warn(self, message: str) -> None:
+        self.report({"event": "warning", "message": message})
+
+    def load_data(self, path: Path) -> Dataset:
+        dataset = load_dataset(path, self.tokenizer, self.longest, self.config.mask_prompt)
+        if dataset.truncated:
+            self.warn(f"{path}: {dataset.truncated} sequences are longer than {self.longest} tokens and were cut")
+        return dataset
+
+    def start(self) -> None:
+        """Begin a new run in the adapter directory, in place of any old one."""
+        with reporting_disk_errors(self.directory):
+            adapter.remove_run(self.directory)
+        header = {"config": asdict(self.config), "fingerprints": self.prints}
+        self.journal = journal.Journal.create(self.directory / journal.FILE_NAME, header)
+
+    def resume(self, past: journal.Journal) -> None:
+        """Restore the state after a journal's last record: from a snapshot if there is one, and by replay."""
+        recorded = past.header["fingerprints"]
+        if changed := [k for k in recorded.keys() | self.prints.keys() if recorded.get(k) != self.prints.get(k)]:
+            raise UsageError(
+                f"{past.path} belongs to another run: {' and '.join(sorted(changed))} changed since it began"
+            )
+        self.journal = past
+        try:
+            snapshot = adapter.read_snapshot(self.directory)
+        except UsageError:
+            snapshot = None  # the journal alone suffices
+        if snapshot and snapshot.journal == past.identity and snapshot.step <= len(past.records):
+            state = adapter.read_optimizer_state(self.directory, snapshot, like=self.state)
+            if state is not None and snapshot.values.shape == self.values.shape:
+                self.values, self.state, self.done = snapshot.values, state, snapshot.step
+        self.values, self.state = replay(
+            self.optimizer, self.values, self.state, past.records[self.done :], self.config
+        )
+        self.done = len(past.records)
+
+    def examples(self, number: int) -> list[Any]:
+        """The examples of step `number`, a function of (data, seed, number)."""
+        epoch, position = divmod(number - 1, len(self.train_set) // self.config.batch_size)
+        if self.epoch[0] != epoch:
+            order = batch_order(self.train_set.examples, self.config.batch_size, self.config.seed, epoch)
+            self.epoch = epoch, order
+        return [self.train_set.examples[i] for i in self.epoch[1][position]]
+
+    def evaluate(self, dataset: Dataset, batches: int) -> Evaluation:
+        self.sparse.set_values(self.values[None])
+        return evaluate_dataset(self.head, dataset, self.config.batch_size, batches, self.progress)
+
+    def validate(self) -> Evaluation | None:
+        if self.valid_set is None or self.config.val_batches == 0:
+            return None
+        result = self.evaluate(self.valid_set, self.config.val_batches)
+        self.report({"event": "validation", "iteration": self.done, **result.as_dict()})
+        return result
+
+    def save(self) -> None:
+        snapshot = adapter.Snapshot(self.done, self.journal.identity, self.model_prints, self.values)
+        adapter.write_snapshot(self.directory, snapshot, self.state)
+
+    def go(self) -> TrainResult:
+        """Train to the last step; save, evaluate and report on the way."""
+        config = self.config
+        weights = mx.get_active_memory()
+        before = after = self.validate()
+        mx.reset_peak_memory()
+        loss = make_loss(self.sparse, self.head)
+        meter = Meter()
+        peak = 0
+        try:
+            with Progress("Training", config.iters, "step", self.progress, initial=self.done) as bar:
+                for number in range(self.done + 1, config.iters + 1):
+                    started = time.perf_counter()
+                    examples = self.examples(number)
+                    values, state, record = step(
+                        loss, self.optimizer, self.values, self.state, examples, number, config
+                    )
+                    losses_finite = math.isfinite(record.loss) and np.isfinite(record.projected).all()
+                    if not (losses_finite and mx.isfinite(values).all()):
+                        raise ZoError(
+                            f"the loss is not finite at step {number}: stopped; the state after step {self.done} "
+                            f"is kept in {self.directory}. Try a smaller --learning-rate"
+                        )
+                    self.journal.append(record)
+                    self.values, self.state, self.done = values, state, number
+                    meter.add(time.perf_counter() - started, record.loss, examples)
+                    bar.advance()
+                    if number % config.steps_per_report == 0 or number == config.iters:
+                        rate = self.state["learning_rate"].item()
+                        self.report({"event": "train", "iteration": number, "learning_rate": rate, **meter.take()})
+                    if number % config.save_every == 0:
+                        self.save()
+                    if number % config.steps_per_eval == 0 or number == config.iters:
+                        peak = max(peak, mx.get_peak_memory())
+                        after = self.validate()
+                        mx.reset_peak_memory()
+        except KeyboardInterrupt:
+            raise Interrupted(f"stopped after step {self.done}; go on with the same command and --resume") from None
+        finally:
+            self.save()
+        peak = max(peak, mx.get_peak_memory())
+        test = self.evaluate(self.test_set, config.test_batches) if self.test_set and config.test_batches else None
+        if test:
+            self.report({"event": "test", "iteration": self.done, **test.as_dict()})
+        return TrainResult(
+            str(self.directory), self.done, self.sparse.size, meter.last_loss, before, after, test,
+            meter.median_seconds, weights, peak, adapter.size_bytes(self.directory),
+        )  # fmt: skip
+
+
+class Meter:
+    """Averages between reports, and the median time of a step."""
+
+    def __init__(self) -> None:
+        self._seconds: list[float] = []
+        self._losses: list[float] = []
+        self._tokens = 0
+        self._reported = 0
+        self.last_loss: float | None = None
+
+    def add(self, seconds: float, loss: float, examples: list[Any]) -> None:
+        self._seconds.append(seconds)
+        self._losses.append(loss)
+        self._tokens += sum(len(row) for e in examples for row in e.rows)
+
+    def take(self) -> dict[str, float]:
+        """The averages since the last call, under mlx-lm's names."""
+        seconds = sum(self._seconds[self._reported :])
+        self.last_loss = sum(self._losses) / len(self._losses)
+        result = {
+            "train_loss": self.last_loss,
+            "iterations_per_second": len(self._losses) / seconds,
+            "tokens_per_second": self._tokens / seconds,
+            "peak_memory": mx.get_peak_memory() / 1e9,
+        }
+        self._losses, self._tokens, self._reported = [], 0, len(self._seconds)
+        return result
+
+    @property
+    def median_seconds(self) -> float | None:
+        return float(np.median(self._seconds)) if self._seconds else None
