@@ -20,14 +20,14 @@ def tokenizer() -> TokenizerWrapper:
     return TokenizerWrapper(byte_tokenizer())
 
 
-@pytest.mark.parametrize("mask_prompt", [False, True])
-@pytest.mark.parametrize("field", ["text", "prompt", "messages"])
+@pytest.mark.parametrize(
+    ("field", "mask_prompt"),
+    [("text", False), ("prompt", False), ("prompt", True), ("messages", False), ("messages", True)],
+)
 def test_tokens_and_masks_equal_mlx_lms(
     field: str, mask_prompt: bool, tmp_path: Path, tokenizer: TokenizerWrapper
 ) -> None:
     """Rows, targets and loss mask are those of mlx-lm's trainer, but for the padding token it counts after the end."""
-    if field == "text" and mask_prompt:
-        pytest.skip("mlx-lm does not mask prompts of plain text")
     records: list[dict[str, object]] = {
         "text": [{"text": "hello there"}, {"text": "a longer text, é"}],
         "prompt": [{"prompt": "hi", "completion": "yes"}, {"prompt": "how are you", "completion": "well"}],
@@ -65,6 +65,27 @@ def test_single_token_choices_share_one_row_and_longer_ones_the_fewest(
         read = [(texts[t.row][: t.position + 1], tokenizer.decode([t.token])) for t in targets]
         assert read == [("x" + choice[:i], choice[i]) for i in range(len(choice))]
     assert (example.label, example.choices) == (0, ("ab", "ac", "b", "abcd"))
+
+
+def test_a_choice_that_merges_with_the_prompt_is_scored_from_where_the_texts_differ(tmp_path: Path) -> None:
+    merging = byte_tokenizer(merges=[("x", "a")])
+    record = {"prompt": "yx", "completion": "a", "choices": ["a", "b"]}
+    path = write_jsonl(tmp_path / "d.jsonl", [record])
+    example = load_dataset(path, TokenizerWrapper(merging), 100).examples[0]
+    tokens = {t: merging.convert_tokens_to_ids(t) for t in ("y", "x", "xa", "b")}
+    assert [[(t.position, t.token) for t in choice] for choice in example.targets] == [
+        [(0, tokens["xa"])],
+        [(0, tokens["x"]), (1, tokens["b"])],
+    ]
+    assert example.rows == [[tokens["y"], tokens["x"]]]
+
+
+def test_batches_hold_examples_of_like_lengths() -> None:
+    rng = np.random.default_rng(0)
+    examples = [Example([[0] * int(n)], [[]], int(n) % 2, ("a", "b")) for n in rng.integers(1, 65, 1024)]
+    batches = batch_order(examples, 16, seed=0, epoch=0)
+    computed = sum(16 * max(examples[i].length for i in batch) for batch in batches)
+    assert computed < 1.3 * sum(e.length for e in examples)  # batches drawn at random: 1.9
 
 
 def test_batches_depend_on_seed_and_epoch_alone_and_use_every_example_once() -> None:

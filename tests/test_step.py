@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -6,8 +7,11 @@ import pytest
 
 from zo_mlx import estimator
 from zo_mlx.config import TrainConfig, resolved
-from zo_mlx.data import Example
-from zo_mlx.step import make_optimizer, replay, step
+from zo_mlx.data import Dataset, Example, load_dataset
+from zo_mlx.evaluate import evaluate_dataset
+from zo_mlx.head import split_head
+from zo_mlx.model import load_sparse
+from zo_mlx.step import make_loss, make_optimizer, replay, step
 
 RNG = np.random.default_rng(0)
 MATRIX = RNG.normal(size=(8, 50))
@@ -79,3 +83,18 @@ def test_replay_repeats_steps_bit_by_bit(optimizer: str, schedule: dict[str, obj
     assert mx.array_equal(replayed, values)
     assert replayed_state["learning_rate"].item() == state["learning_rate"].item()
     assert initial["step"].item() == 0, "a step changed the state it was given"
+
+
+def test_each_direction_gets_its_share_of_the_batch_and_both_its_branches_the_same(
+    tiny: Path, choice_data: Path
+) -> None:
+    """The losses of a stacked step equal those of a single branch on the documented share of the examples."""
+    sparse, tokenizer, index, _ = load_sparse(tiny)
+    head = split_head(sparse.model)
+    examples = load_dataset(choice_data / "train.jsonl", tokenizer, 100).examples[:12]
+    values = index.initial_values() + 0.1 * mx.random.normal((6, index.size), key=mx.random.key(0))
+    losses = make_loss(sparse, head)(values, examples)
+    for p in range(6):
+        sparse.set_values(values[p : p + 1])
+        share = Dataset("choices", examples[p // 2 :: 3])
+        assert abs(evaluate_dataset(head, share, 4, progress=False).loss - losses[p].item()) < 1e-5

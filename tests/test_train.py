@@ -19,6 +19,7 @@ from zo_mlx.files import load_safetensors
 from zo_mlx.index import FILE_NAME, read_index
 from zo_mlx.journal import Journal
 from zo_mlx.model import load_sparse
+from zo_mlx.step import step
 
 FAST = {"iters": 6, "batch_size": 4, "directions": 2, "save_every": 3, "steps_per_eval": 4, "progress": False}
 
@@ -315,3 +316,39 @@ def test_warnings_reach_those_who_do_not_listen(tiny: Path, choice_data: Path, t
     shutil.copy(choice_data / "train.jsonl", tmp_path / "data")
     with pytest.warns(UserWarning, match="training goes on without validation"):
         _train(tiny, tmp_path / "data", tmp_path / "a", iters=1)
+
+
+def test_every_epoch_sees_every_example_once_in_another_order(
+    tiny: Path, choice_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[tuple[int, ...]]] = []
+
+    def spy(loss: Any, optimizer: Any, values: Any, state: Any, examples: Any, number: int, config: Any) -> Any:
+        seen.append([tuple(e.rows[0]) for e in examples])
+        return step(loss, optimizer, values, state, examples, number, config)
+
+    monkeypatch.setattr("zo_mlx.run.step", spy)
+    _train(tiny, choice_data, tmp_path / "a", iters=10)
+    _train(tiny, choice_data, tmp_path / "a", iters=14, resume=True)
+    epochs = [[row for batch in seen[i : i + 7] for row in batch] for i in (0, 7)]  # 28 examples, 4 a step
+    assert len(set(epochs[0])) == 28
+    assert epochs[0] != epochs[1]
+    assert sorted(epochs[0]) == sorted(epochs[1])
+
+
+def test_the_mask_reaches_the_loss(tiny: Path, tmp_path: Path) -> None:
+    records: list[dict[str, object]] = [{"prompt": f"the {i} is", "completion": "red"} for i in range(8)]
+    for split in ("train", "valid"):
+        write_jsonl(tmp_path / f"data/{split}.jsonl", records)
+    losses = []
+    for mask in (False, True):
+        out, settings = tmp_path / str(mask), {"mask_prompt": mask, "batch_size": 8, "epsilon": 1e-6}
+        _train(tiny, tmp_path / "data", out, iters=0, **settings)
+        untrained = zo_mlx.load(tiny, out)
+        expected = zo_mlx.evaluate(*untrained, tmp_path / "data/valid.jsonl", mask_prompt=mask, progress=False).loss
+        result = _train(tiny, tmp_path / "data", out, iters=1, resume=True, **settings)
+        assert result.before is not None
+        assert result.before.loss == pytest.approx(expected, abs=1e-4)
+        assert result.train_loss == pytest.approx(expected, abs=1e-3)
+        losses.append(expected)
+    assert abs(losses[0] - losses[1]) > 0.1

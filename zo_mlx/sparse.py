@@ -130,8 +130,8 @@ class SparseModel:
                 apart.append(self.model(tokens))
             self.set_values(branches)
             stacked = self.model(mx.concatenate([tokens, tokens]))
-            error = mx.abs(stacked - mx.concatenate(apart)).max().item()
-            effect = mx.abs(apart[1] - apart[0]).max().item()
+            error = float(mx.abs(stacked - mx.concatenate(apart)).max())
+            effect = float(mx.abs(apart[1] - apart[0]).max())
         except Exception as e:  # whatever an architecture does with layers that are not its own
             raise UsageError(f"{type(self.model).__module__} cannot be trained: {type(e).__name__}: {e}") from None
         finally:

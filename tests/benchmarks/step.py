@@ -1,6 +1,6 @@
 """Time of a training step against one stacked forward pass of the same rows through the same base model.
 
-    python tests/benchmarks/step.py --model demo/model --data DIR [--batch-size 16] [--repeats 7] [--json FILE]
+    python tests/benchmarks/step.py [--model demo/model] [--data examples/support] [--json FILE]
 
 All arms run in one process, in alternation, on the same batches; the table gives medians, and the ratio is the median
 of the ratios of neighbours. `floor` computes logits at the target positions only, as the step does; `full` computes
@@ -38,8 +38,8 @@ def measure(run: Callable[[], object]) -> tuple[float, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--data", required=True)
+    parser.add_argument("--model", default="demo/model")
+    parser.add_argument("--data", default="examples/support")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--directions", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=7)
