@@ -196,6 +196,7 @@ KILLED = """
 import zo_mlx, os, signal, sys
 from zo_mlx.cli import main
 from zo_mlx.journal import Journal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
 append, step, how = Journal.append, int(sys.argv[1]), getattr(signal, sys.argv[2])
 def killing_append(journal, record):
     if record.step == step:
