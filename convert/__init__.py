@@ -1,13 +1,17 @@
 """Convert a model to MLX 4-bit, with the index of its sensitive weights."""
 
+import contextlib
 import hashlib
+import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
-from mlx_lm.utils import quantize_model, save
+from mlx_lm.utils import quantize_model
 
 from .. import __version__
 from ..config import check_range
@@ -16,11 +20,22 @@ from ..files import new_directory
 from ..index import SensitiveIndex, SensitiveTensor, write_index
 from ..model import fingerprint
 from ..progress import Progress, redirected_to_stderr
-from .select import Scope, select
-from .sensitivity import DEFAULT_TEXT, calibration_sequences, check_finite, fisher_scores
-from .sources import open_source
+from .blocks import BlockwiseModel
+from .blockwise import blockwise_fisher_scores
+from .select import Scope, Selector
+from .sensitivity import (
+    DEFAULT_TEXT,
+    calibration_sequences,
+    check_finite,
+    fisher_scores,
+    scored_layers,
+)
+from .sources import Source, open_source
+from .write import write_model
 
 __all__ = ["Conversion", "convert"]
+
+CACHE_BYTES = 64 << 20
 
 
 @dataclass
@@ -100,29 +115,14 @@ def convert(
         raise UsageError(f"calibration text {text_path} cannot be read: {e}") from None
 
     out = Path(mlx_path)
-    with new_directory(out) as beside, open_source(hf_path, dtype, beside.parent) as source:
+    with new_directory(out) as beside, open_source(hf_path, dtype, beside.parent) as source, _bounded_cache():
         sequences = calibration_sequences(source.tokenizer, text, num_samples, sequence_length, seed)
-        with Progress("Scoring weights", total=num_samples, unit="sequence", enabled=progress) as bar:
-            scores = fisher_scores(source.model, sequences, bar.advance)
-        check_finite(scores)
-        chosen = select({p: np.array(s) for p, s in scores.items()}, density, scope)
-        modules = dict(source.model.named_modules())
-        tensors = {}
-        for path, indices in chosen.items():
-            at = mx.array(indices)
-            values, own_scores = modules[path].weight.reshape(-1)[at], scores[path].reshape(-1)[at]
-            mx.eval(values, own_scores)
-            tensors[path] = SensitiveTensor(indices, values, np.array(own_scores))
-        # mlx-lm frees the dense weights one by one as it writes; hold no other reference to them.
-        candidates = sum(s.size for s in scores.values())
-        mass = sum(float(s.sum()) for s in scores.values())
-        del modules, scores
-
+        selector, candidates, mass = _score(source, sequences, density, scope, beside.parent, progress)
+        index = SensitiveIndex(_gather(source.open_model(), selector.result()))
         with redirected_to_stderr():
-            model, config = quantize_model(source.model, source.config, q_group_size, q_bits)
-            save(beside, source.origin, model, source.tokenizer, config)
-        index = SensitiveIndex(tensors)
-        coverage = sum(float(t.scores.sum(dtype=np.float64)) for t in tensors.values()) / mass if mass else 0.0
+            model, config = quantize_model(source.open_model(), source.config, q_group_size, q_bits)
+            write_model(beside, source.directory, source.hub_id, model, source.tokenizer, config)
+        coverage = sum(float(t.scores.sum(dtype=np.float64)) for t in index.tensors.values()) / mass if mass else 0.0
         index.metadata = {
             "density": density,
             "scope": scope,
@@ -141,3 +141,51 @@ def convert(
         }
         write_index(index, beside)
     return Conversion(str(out), index.size, candidates, coverage, time.perf_counter() - started, mx.get_peak_memory())
+
+
+def _score(
+    source: Source, sequences: np.ndarray, density: float, scope: Scope, scratch: Path, progress: bool
+) -> tuple[Selector, int, float]:
+    """Rank the weights of all linear layers; also their number, and the sum of their scores."""
+    model = source.open_model()
+    modules = dict(model.named_modules())
+    sizes = {path: modules[path].weight.size for path in scored_layers(model)}
+    selector, mass = Selector(sizes, density, scope), 0.0
+    blockwise, blocks = BlockwiseModel(model).is_chain(), len(model.layers)
+    del model, modules
+    rounds = len(sequences) * (2 * blocks if blockwise else 1)
+    with (
+        tempfile.TemporaryDirectory(prefix=".inputs.", dir=scratch) as inputs,
+        Progress("Scoring weights", rounds, "block" if blockwise else "sequence", progress) as bar,
+    ):
+        scores = (
+            blockwise_fisher_scores(source.open_model, sequences, Path(inputs), bar.advance)
+            if blockwise
+            else fisher_scores(source.open_model(), sequences, bar.advance)
+        )
+        for path, layer_scores in scores:
+            check_finite(path, layer_scores)
+            selector.add(path, np.array(layer_scores, copy=False))
+            mass += float(layer_scores.sum())
+    return selector, sum(sizes.values()), mass
+
+
+def _gather(model: nn.Module, chosen: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, SensitiveTensor]:
+    """Look the chosen weights up, reading one layer at a time."""
+    modules = dict(model.named_modules())
+    tensors = {}
+    for path, (indices, scores) in chosen.items():
+        values = modules[path].pop("weight").reshape(-1)[mx.array(indices)]
+        mx.eval(values)
+        tensors[path] = SensitiveTensor(indices, values, scores)
+    return tensors
+
+
+@contextlib.contextmanager
+def _bounded_cache() -> Iterator[None]:
+    """Let MLX return freed buffers to the system at once, or the peak is that of what has been."""
+    before = mx.set_cache_limit(CACHE_BYTES)
+    try:
+        yield
+    finally:
+        mx.set_cache_limit(before)

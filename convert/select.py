@@ -1,4 +1,4 @@
-"""Choose the most sensitive weights from their Fisher scores."""
+"""Choose the most sensitive weights from Fisher scores that come one layer at a time."""
 
 from typing import Literal, get_args
 
@@ -9,43 +9,64 @@ from ..errors import UsageError
 Scope = Literal["global", "tensor"]
 
 
-def select(scores: dict[str, np.ndarray], density: float, scope: Scope) -> dict[str, np.ndarray]:
-    """Positions of the weights with the highest scores.
+class Selector:
+    """Keeps the highest scores of those seen so far; exact, whatever the order in which the layers come.
 
     Args:
-        scores: for each layer, (out, in) float32 scores.
+        sizes: for each layer, how many weights it has; equal scores are resolved in favour of the earlier layer here.
         density: the fraction of all weights to choose, in (0, 1]; at least one weight is chosen.
         scope: `global` ranks all layers' weights together; `tensor` takes the same fraction of each layer.
-
-    Returns:
-        For each layer with chosen weights, (n,) uint32 flat row-major positions, strictly increasing. Equal scores are
-        resolved in favour of the earlier layer and position.
 
     Raises:
         UsageError: density or scope out of range.
     """
-    if not 0 < density <= 1:
-        raise UsageError(f"--density must be above 0 and at most 1, not {density}")
-    if scope not in get_args(Scope):
-        raise UsageError(f"--scope must be one of {', '.join(get_args(Scope))}, not {scope}")
-    flat = {path: s.reshape(-1) for path, s in scores.items()}
-    if scope == "tensor":
-        return {path: _top(s, density) for path, s in flat.items()}
-    chosen = _top(np.concatenate(list(flat.values())), density)
-    ends = np.cumsum([len(s) for s in flat.values()])
-    parts = np.split(chosen, np.searchsorted(chosen, ends[:-1]))
-    starts = ends - [len(s) for s in flat.values()]
-    return {
-        path: (part - start).astype(np.uint32)
-        for path, part, start in zip(flat, parts, starts, strict=True)
-        if len(part)
-    }
+
+    def __init__(self, sizes: dict[str, int], density: float, scope: Scope):
+        if not 0 < density <= 1:
+            raise UsageError(f"--density must be above 0 and at most 1, not {density}")
+        if scope not in get_args(Scope):
+            raise UsageError(f"--scope must be one of {', '.join(get_args(Scope))}, not {scope}")
+        self._paths = list(sizes)
+        self._scope = scope
+        self._counts = {path: max(1, round(density * size)) for path, size in sizes.items()}
+        self._total = max(1, round(density * sum(sizes.values())))
+        self._chosen: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # with scope tensor
+        self._layers = np.empty(0, np.int32)  # with scope global: candidates in order of layer and position
+        self._positions = np.empty(0, np.uint32)
+        self._scores = np.empty(0, np.float32)
+
+    def add(self, path: str, scores: np.ndarray) -> None:
+        """Take the scores of a layer's weights, float32 of any shape, into account."""
+        flat = scores.reshape(-1)
+        if self._scope == "tensor":
+            best = _highest(flat, self._counts[path])
+            self._chosen[path] = best.astype(np.uint32), flat[best]
+            return
+        best = _highest(flat, self._total)
+        layers = np.append(self._layers, np.full(len(best), self._paths.index(path), np.int32))
+        positions = np.append(self._positions, best.astype(np.uint32))
+        merged = np.append(self._scores, flat[best])
+        order = np.lexsort((positions, layers))
+        keep = order[_highest(merged[order], self._total)]
+        self._layers, self._positions, self._scores = layers[keep], positions[keep], merged[keep]
+
+    def result(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """For each layer with chosen weights, their (n,) uint32 flat positions, increasing, and (n,) float32 scores."""
+        if self._scope == "tensor":
+            return {path: self._chosen[path] for path in self._paths}
+        edges = np.searchsorted(self._layers, np.arange(len(self._paths) + 1))
+        return {
+            path: (self._positions[start:end], self._scores[start:end])
+            for path, start, end in zip(self._paths, edges[:-1], edges[1:], strict=True)
+            if end > start
+        }
 
 
-def _top(scores: np.ndarray, density: float) -> np.ndarray:
-    """Sorted positions of the top `density` of a vector, the earlier one where scores are equal."""
-    count = max(1, round(density * len(scores)))
+def _highest(scores: np.ndarray, count: int) -> np.ndarray:
+    """Increasing positions of the `count` highest scores, the earlier ones where scores are equal."""
+    if count >= len(scores):
+        return np.arange(len(scores))
     threshold = np.partition(scores, len(scores) - count)[len(scores) - count]
     above = np.flatnonzero(scores > threshold)
     equal = np.flatnonzero(scores == threshold)[: count - len(above)]
-    return np.sort(np.concatenate([above, equal])).astype(np.uint32 if len(scores) < 2**32 else np.uint64)
+    return np.sort(np.concatenate([above, equal]))

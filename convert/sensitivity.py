@@ -4,7 +4,7 @@ Score of a weight w = mean over calibration sequences of (d loss / d w)^2, loss 
 sequence (the empirical Fisher diagonal; Guo et al. 2024, arXiv 2406.02913, section 3).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import mlx.core as mx
@@ -54,23 +54,27 @@ def scored_layers(model: nn.Module) -> list[str]:
     return sorted(p for p, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) in blocks)
 
 
+def sequence_loss(logits: mx.array, tokens: mx.array) -> mx.array:
+    """Mean next-token cross-entropy: logits (1, T - 1, V) of tokens (T,) but for the last."""
+    return nn.losses.cross_entropy(logits[0].astype(mx.float32), tokens[1:], reduction="mean")
+
+
 def fisher_scores(
     model: nn.Module, sequences: np.ndarray, advance: Callable[[], None] = lambda: None
-) -> dict[str, mx.array]:
+) -> Iterator[tuple[str, mx.array]]:
     """Fisher scores of all weights of a dense model's linear layers, by one backward pass per sequence.
 
-    Holds all gradients in memory. On the CPU backend the pass is in float32; the model is left as it was.
+    Holds all gradients in memory. On the CPU backend the pass is in float32; the model is changed to that.
 
     Args:
         model: a dense mlx-lm model.
         sequences: (N, T) int32 tokens.
         advance: called after each sequence.
 
-    Returns:
-        For each path of `scored_layers`, (out, in) float32 scores.
+    Yields:
+        For each path of `scored_layers`, the path and (out, in) float32 scores.
     """
     paths = scored_layers(model)
-    stored = model.parameters()
     if on_cpu():
         model.set_dtype(mx.float32)
     modules = dict(model.named_modules())
@@ -78,8 +82,7 @@ def fisher_scores(
 
     def loss(weights: dict[str, mx.array], tokens: mx.array) -> mx.array:
         model.update(tree_unflatten([(f"{p}.weight", w) for p, w in weights.items()]))
-        logits = model(tokens[None, :-1]).astype(mx.float32)
-        return nn.losses.cross_entropy(logits[0], tokens[1:], reduction="mean")
+        return sequence_loss(model(tokens[None, :-1]), tokens)
 
     gradient = mx.grad(loss)
     scores = {p: mx.zeros(w.shape) for p, w in weights.items()}
@@ -88,13 +91,11 @@ def fisher_scores(
             scores[path] = scores[path] + g.astype(mx.float32).square() / len(sequences)
         mx.eval(scores)
         advance()
-    del modules, weights
-    model.update(stored)
-    return scores
+    model.update(tree_unflatten([(f"{p}.weight", w) for p, w in weights.items()]))
+    yield from scores.items()
 
 
-def check_finite(scores: dict[str, mx.array]) -> None:
-    """Raise UsageError if the model's gradients are not finite, as for damaged weights."""
-    bad = [p for p, s in scores.items() if not mx.isfinite(s.sum()).item()]
-    if bad:
-        raise UsageError(f"the model's gradients are not finite in {len(bad)} layers, e.g. {bad[0]}: damaged weights?")
+def check_finite(path: str, scores: mx.array) -> None:
+    """Raise UsageError if a layer's gradients are not finite, as for damaged weights."""
+    if not mx.isfinite(scores.sum()).item():
+        raise UsageError(f"the model's gradients are not finite in {path}: damaged weights?")

@@ -23,16 +23,26 @@ from .gguf import write_hf_directory
 
 @dataclass
 class Source:
-    """A dense model, lazily loaded, in the dtype it will be stored in.
+    """A dense model and what belongs to it.
 
     Attributes:
-        origin: what mlx-lm's `save` takes as the source: a directory or a hub id.
+        directory: where it is.
+        hub_id: where it was fetched from, if it was.
+        dtype: what it will be stored in, or None for what it is in.
     """
 
-    model: nn.Module
-    tokenizer: TokenizerWrapper
+    directory: Path
+    hub_id: str | None
+    dtype: str | None
     config: dict[str, Any]
-    origin: str
+    tokenizer: TokenizerWrapper
+
+    def open_model(self) -> nn.Module:
+        """The model with weights that are read when they are first used; every call gives a new one."""
+        model, _ = load_stock_model(self.directory, lazy=True)
+        if self.dtype in MODEL_CONVERSION_DTYPES:
+            _set_dtype(model, getattr(mx, self.dtype))
+        return model
 
 
 @contextlib.contextmanager
@@ -56,12 +66,12 @@ def open_source(hf_path: str, dtype: str | None, scratch: Path) -> Iterator[Sour
                 raise UsageError(f"{path} is a file, but not a .gguf file")
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".gguf.", dir=scratch)))
             write_hf_directory(path, directory, dtype)
-            origin = str(directory)
+            hub_id = None
         elif path.is_dir():
-            directory, origin = path, str(path)
+            directory, hub_id = path, None
         else:
-            directory, origin = _fetch(hf_path), hf_path
-        yield _open_directory(directory, origin, dtype)
+            directory, hub_id = _fetch(hf_path), hf_path
+        yield _open_directory(directory, hub_id, dtype)
 
 
 def _fetch(hub_id: str) -> Path:
@@ -74,18 +84,16 @@ def _fetch(hub_id: str) -> Path:
         raise ZoError(f"no such model here, and {hub_id} cannot be fetched from the hub: {reason}") from None
 
 
-def _open_directory(directory: Path, origin: str, dtype: str | None) -> Source:
+def _open_directory(directory: Path, hub_id: str | None, dtype: str | None) -> Source:
     config = read_json(directory / "config.json")
     if "quantization" in config or "quantization_config" in config:
         raise UsageError(f"{directory} is already quantized; convert from the full-precision model instead")
-    model, config = load_stock_model(directory, lazy=True)
+    _, config = load_stock_model(directory, lazy=True)
     tokenizer = load_tokenizer_of(directory, config)
     # The same choice, from the same fields, as mlx_lm.convert's, or its tensors would differ from ours.
     text_config = config.get("text_config")
     dtype = dtype or config.get("torch_dtype") or (text_config.get("dtype") if isinstance(text_config, dict) else None)
-    if dtype in MODEL_CONVERSION_DTYPES:
-        _set_dtype(model, getattr(mx, dtype))
-    return Source(model, tokenizer, config, origin)
+    return Source(directory, hub_id, dtype, config, tokenizer)
 
 
 def _set_dtype(model: nn.Module, dtype: mx.Dtype) -> None:

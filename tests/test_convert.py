@@ -48,7 +48,7 @@ def test_scores_equal_squared_gradients_of_the_dense_model() -> None:
     model = _random_model()
     sequences = np.random.default_rng(0).integers(0, 40, (3, 12)).astype(np.int32)
     before = dict(tree_flatten(model.parameters()))
-    scores = fisher_scores(model, sequences)
+    scores = dict(fisher_scores(model, sequences))
     assert all(mx.array_equal(w, before[k]) for k, w in tree_flatten(model.parameters())), "the model was changed"
     assert set(scores) == {p for p, m in model.named_modules() if isinstance(m, nn.Linear) and "layers" in p}
 
@@ -113,7 +113,7 @@ def test_the_index_holds_the_weights_with_the_highest_scores(scope: str, tiny_hf
     index = read_index(out)
     model, tokenizer = mlx_lm.load(str(tiny_hf))
     text = (Path(zo_mlx.__file__).parents[1] / "convert" / "calibration.txt").read_text()
-    scores = fisher_scores(model, calibration_sequences(tokenizer, text, 2, 16, seed=0))
+    scores = dict(fisher_scores(model, calibration_sequences(tokenizer, text, 2, 16, seed=0)))
     weights = dict(tree_flatten(model.parameters()))
     total = sum(s.size for s in scores.values())
     assert done.candidates == total

@@ -1,0 +1,113 @@
+"""A model whose transformer blocks run one at a time, so that only one needs to be in memory.
+
+No architecture is spelled out here. The model itself is called, each time, and gives its blocks whatever it gives them
+(masks, positions, inputs per layer); the blocks that are not wanted hand on what they get.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+# block number, the block's own __call__, first argument, other arguments -> what the block returns to the model
+Hook = Callable[[int, Callable[..., mx.array], mx.array, tuple[Any, ...], dict[str, Any]], mx.array]
+
+_CHECK_TOKENS = [[1, 3, 2, 1]]
+
+
+class _Done(Exception):
+    """Leaves the model once a block has done what is wanted."""
+
+    def __init__(self, result: mx.array):
+        self.result = result
+
+
+class BlockwiseModel:
+    """Runs the embedding, each block, and the head of an mlx-lm model apart from each other.
+
+    Args:
+        model: with `layers`; their classes are changed to ones that can be skipped.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.blocks: list[nn.Module] = list(model.layers)
+        self._hook: Hook = lambda i, call, x, args, kwargs: call(x, *args, **kwargs)
+        hooked = {kind: self._hooked(kind) for kind in {type(b) for b in self.blocks}}
+        self._number = {id(b): i for i, b in enumerate(self.blocks)}
+        for block in self.blocks:
+            block.__class__ = hooked[type(block)]
+
+    def _hooked(self, kind: type) -> type:
+        def call(block: nn.Module, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+            return self._hook(self._number[id(block)], partial(kind.__call__, block), x, args, kwargs)  # type: ignore[operator]
+
+        return type(kind.__name__, (kind,), {"__call__": call})
+
+    def _run(self, tokens: mx.array, hook: Hook) -> mx.array:
+        self._hook = hook
+        try:
+            return self.model(tokens)
+        except _Done as done:
+            return done.result
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """The first block's input: (B, T) int32 tokens -> (B, T, H)."""
+
+        def hook(i: int, call: Any, x: mx.array, args: Any, kwargs: Any) -> mx.array:
+            raise _Done(x)
+
+        return self._run(tokens, hook)
+
+    def block(self, number: int, tokens: mx.array, x: mx.array) -> mx.array:
+        """The output of one block: its input x (B, T, H) -> (B, T, H)."""
+
+        def hook(i: int, call: Any, passed: mx.array, args: Any, kwargs: Any) -> mx.array:
+            if i < number:
+                return passed
+            raise _Done(call(x, *args, **kwargs))
+
+        return self._run(tokens, hook)
+
+    def head(self, tokens: mx.array, x: mx.array) -> mx.array:
+        """Logits (B, T, V) of the last block's output x (B, T, H)."""
+        last = len(self.blocks) - 1
+        return self._run(tokens, lambda i, call, passed, args, kwargs: x if i == last else passed)
+
+    def is_chain(self) -> bool:
+        """Whether all that links the blocks is that each gets the one before's output as its first argument."""
+        if len(self._number) < len(self.blocks):
+            return False  # a block that is used twice
+
+        def probe(fill: float) -> tuple[bool, list[Any], mx.array]:
+            """Blocks return constants, the last one always the same: does any other way lead from one to another?"""
+            received: list[tuple[int, mx.array]] = []
+            returned: list[mx.array] = []
+            others: list[Any] = []
+
+            def hook(i: int, call: Any, x: mx.array, args: Any, kwargs: Any) -> mx.array:
+                received.append((i, x))
+                others.extend(leaf[1] for leaf in tree_flatten([args, kwargs]))
+                returned.append(mx.full(x.shape, 1.0 if i == len(self.blocks) - 1 else fill, x.dtype))
+                return returned[-1]
+
+            logits = self._run(mx.array(_CHECK_TOKENS), hook)
+            in_order = [i for i, _ in received] == list(range(len(self.blocks)))
+            linked = all(x is out for (_, x), out in zip(received[1:], returned[:-1], strict=True))
+            return in_order and linked, others, logits
+
+        try:
+            first, second = probe(0.0), probe(1.0)
+        except Exception:  # whatever an architecture does with blocks that are not its own
+            return False
+        same = len(first[1]) == len(second[1]) and all(map(_equal, first[1], second[1]))
+        return first[0] and second[0] and same and _equal(first[2], second[2])
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, mx.array) and isinstance(b, mx.array):
+        return bool(mx.array_equal(a, b, equal_nan=True).item())
+    return type(a) is type(b) and a == b

@@ -1,0 +1,76 @@
+"""Write a quantized model as mlx-lm does, but one tensor at a time: what is quantized is written and let go."""
+
+import json
+import shutil
+import struct
+from pathlib import Path
+from typing import IO, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import create_model_card, get_total_parameters, make_shards, save_config
+
+_DTYPES = {
+    mx.bool_: "BOOL", mx.uint8: "U8", mx.int8: "I8", mx.uint16: "U16", mx.int16: "I16", mx.uint32: "U32",
+    mx.int32: "I32", mx.uint64: "U64", mx.int64: "I64", mx.float16: "F16", mx.bfloat16: "BF16", mx.float32: "F32",
+}  # fmt: skip
+
+
+def write_model(
+    out: Path, source: Path, hub_id: str | None, model: nn.Module, tokenizer: TokenizerWrapper, config: dict[str, Any]
+) -> None:
+    """Write a model directory: shards and their index, config, tokenizer, and what mlx-lm copies from the source.
+
+    Args:
+        out: an existing directory.
+        source: the directory the model comes from.
+        hub_id: what the model card is to name as the base model.
+        model: its weights may be unread and unquantized yet; they are taken out of it.
+        tokenizer, config: to be stored.
+    """
+    weights = dict(tree_flatten(model.parameters()))
+    index: dict[str, Any] = {
+        "metadata": {
+            "total_size": sum(w.nbytes for w in weights.values()),
+            "total_parameters": get_total_parameters(model),
+        }
+    }
+    shards = make_shards(weights)
+    weights.clear()
+    has_vision = "vision_tower" in getattr(model, "model", {})
+    model.update(tree_map(lambda _: mx.array([]), model.parameters()))
+    names = {}
+    for i, shard in enumerate(shards, 1):
+        name = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        names.update(dict.fromkeys(shard, name))
+        with (out / name).open("wb") as f:
+            _write_shard(f, shard)
+    index["weight_map"] = dict(sorted(names.items()))
+    (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=4))
+
+    save_config(config, config_path=out / "config.json", keep_vision_config=has_vision)
+    tokenizer.save_pretrained(out)
+    if (generation := source / "generation_config.json").exists():
+        shutil.copy(generation, out)
+    create_model_card(out, hub_id)
+
+
+def _write_shard(file: IO[bytes], tensors: dict[str, mx.array]) -> None:
+    """Write a safetensors file, emptying `tensors` on the way."""
+    header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": tensor.shape, "data_offsets": [start, end]}
+    content = json.dumps(header, separators=(",", ":")).encode()
+    content += b" " * (-len(content) % 8)
+    file.write(struct.pack("<Q", len(content)) + content)
+    for name in list(tensors):
+        tensor = tensors.pop(name)
+        mx.eval(tensor)
+        file.write(np.array(mx.contiguous(tensor).reshape(-1).view(mx.uint8), copy=False).data)
+        del tensor
+        mx.clear_cache()
