@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -48,6 +49,7 @@ class Conversion:
         candidates: the number of weights they were chosen from.
         coverage: the sensitive weights' share of the sum of all Fisher scores.
         seconds: wall-clock time.
+        phases: what of it went into `forward`, `backward`, `select`, `quantize` and `write`.
         peak_memory: bytes, MLX's peak.
     """
 
@@ -56,6 +58,7 @@ class Conversion:
     candidates: int
     coverage: float
     seconds: float
+    phases: dict[str, float]
     peak_memory: int
 
 
@@ -72,6 +75,7 @@ def convert(
     num_samples: int = 16,
     sequence_length: int = 256,
     seed: int = 0,
+    memory_limit: float | None = None,
     progress: bool = True,
 ) -> Conversion:
     """Write a quantized MLX model that stock mlx-lm loads, plus `sensitive.safetensors`.
@@ -90,6 +94,8 @@ def convert(
         num_samples: calibration sequences.
         sequence_length: tokens in each.
         seed: decides which parts of the text are taken.
+        memory_limit: GB to aim at, for machines on which a transformer block with its scores does not fit. The result
+            is the same.
         progress: report progress on standard error.
 
     Raises:
@@ -101,6 +107,8 @@ def convert(
     check_range("--num-samples", num_samples, 1)
     check_range("--sequence-length", sequence_length, 2)
     check_range("--seed", seed, 0)
+    check_range("--memory-limit", memory_limit or 1, 1e-3)
+    limit = None if memory_limit is None else int(memory_limit * 1e9)
     if (q_group_size is not None and not 0 < q_group_size <= 1024) or (q_bits is not None and not 0 < q_bits <= 16):
         raise UsageError(f"--q-bits {q_bits} with --q-group-size {q_group_size} is out of range")
     if q_bits is not None or q_group_size is not None:
@@ -117,11 +125,13 @@ def convert(
     out = Path(mlx_path)
     with new_directory(out) as beside, open_source(hf_path, dtype, beside.parent) as source, _bounded_cache():
         sequences = calibration_sequences(source.tokenizer, text, num_samples, sequence_length, seed)
-        selector, candidates, mass = _score(source, sequences, density, scope, beside.parent, progress)
+        watch = Stopwatch()
+        selector, candidates, mass = _score(source, sequences, density, scope, limit, beside.parent, watch, progress)
         index = SensitiveIndex(_gather(source.open_model(), selector.result()))
+        watch.lap("select")
         with redirected_to_stderr():
             model, config = quantize_model(source.open_model(), source.config, q_group_size, q_bits)
-            write_model(beside, source.directory, source.hub_id, model, source.tokenizer, config)
+            write_model(beside, source.directory, source.hub_id, model, source.tokenizer, config, watch.lap)
         coverage = sum(float(t.scores.sum(dtype=np.float64)) for t in index.tensors.values()) / mass if mass else 0.0
         index.metadata = {
             "density": density,
@@ -140,33 +150,70 @@ def convert(
             "zo_mlx": __version__,
         }
         write_index(index, beside)
-    return Conversion(str(out), index.size, candidates, coverage, time.perf_counter() - started, mx.get_peak_memory())
+    seconds = time.perf_counter() - started
+    return Conversion(str(out), index.size, candidates, coverage, seconds, watch.seconds, mx.get_peak_memory())
+
+
+class Stopwatch:
+    """Seconds spent in each phase of the work: `lap` books the time since the last lap."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """The phase that has just ended."""
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now
 
 
 def _score(
-    source: Source, sequences: np.ndarray, density: float, scope: Scope, scratch: Path, progress: bool
+    source: Source,
+    sequences: np.ndarray,
+    density: float,
+    scope: Scope,
+    memory_limit: int | None,
+    scratch: Path,
+    watch: Stopwatch,
+    progress: bool,
 ) -> tuple[Selector, int, float]:
     """Rank the weights of all linear layers; also their number, and the sum of their scores."""
     model = source.open_model()
     modules = dict(model.named_modules())
     sizes = {path: modules[path].weight.size for path in scored_layers(model)}
     selector, mass = Selector(sizes, density, scope), 0.0
-    blockwise, blocks = BlockwiseModel(model).is_chain(), len(model.layers)
+    blocks = len(model.layers)
+    with BlockwiseModel(model) as blockwise:
+        chain = blockwise.is_chain()
     del model, modules
-    rounds = len(sequences) * (2 * blocks if blockwise else 1)
+    if not chain:
+        print(
+            f"Warning: the blocks of {source.config['model_type']} are not a plain chain, each fed by the one before: "
+            "the whole model and all its gradients are held in memory",
+            file=sys.stderr,
+        )
+    rounds = len(sequences) * (2 * blocks if chain else 1)
     with (
         tempfile.TemporaryDirectory(prefix=".inputs.", dir=scratch) as inputs,
-        Progress("Scoring weights", rounds, "block" if blockwise else "sequence", progress) as bar,
+        Progress("Scoring weights", rounds, "block" if chain else "sequence", progress) as bar,
     ):
+
+        def advance(phase: str) -> None:
+            watch.lap(phase)
+            bar.advance()
+
         scores = (
-            blockwise_fisher_scores(source.open_model, sequences, Path(inputs), bar.advance)
-            if blockwise
-            else fisher_scores(source.open_model(), sequences, bar.advance)
+            blockwise_fisher_scores(source.open_model, sequences, Path(inputs), memory_limit, advance)
+            if chain
+            else fisher_scores(source.open_model(), sequences, advance)
         )
         for path, layer_scores in scores:
+            watch.lap("backward")
             check_finite(path, layer_scores)
             selector.add(path, np.array(layer_scores, copy=False))
             mass += float(layer_scores.sum())
+            watch.lap("select")
     return selector, sum(sizes.values()), mass
 
 

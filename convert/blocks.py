@@ -28,6 +28,8 @@ class _Done(Exception):
 class BlockwiseModel:
     """Runs the embedding, each block, and the head of an mlx-lm model apart from each other.
 
+    Used as a context manager, it lets go of the model at the end, with all that was read of it.
+
     Args:
         model: with `layers`; their classes are changed to ones that can be skipped.
     """
@@ -36,10 +38,20 @@ class BlockwiseModel:
         self.model = model
         self.blocks: list[nn.Module] = list(model.layers)
         self._hook: Hook = lambda i, call, x, args, kwargs: call(x, *args, **kwargs)
-        hooked = {kind: self._hooked(kind) for kind in {type(b) for b in self.blocks}}
+        self._kinds = [type(b) for b in self.blocks]
+        hooked = {kind: self._hooked(kind) for kind in set(self._kinds)}
         self._number = {id(b): i for i, b in enumerate(self.blocks)}
         for block in self.blocks:
             block.__class__ = hooked[type(block)]
+
+    def __enter__(self) -> "BlockwiseModel":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # Blocks refer to their class and that to this object: without an end to it, memory waits for the collector.
+        for block, kind in zip(self.blocks, self._kinds, strict=True):
+            block.__class__ = kind
+        self.model, self.blocks = nn.Module(), []
 
     def _hooked(self, kind: type) -> type:
         def call(block: nn.Module, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:

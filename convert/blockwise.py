@@ -21,7 +21,8 @@ def blockwise_fisher_scores(
     open_model: Callable[[], nn.Module],
     sequences: np.ndarray,
     scratch: Path,
-    advance: Callable[[], None] = lambda: None,
+    memory_limit: int | None = None,
+    advance: Callable[[str], None] = lambda phase: None,
 ) -> Iterator[tuple[str, mx.array]]:
     """The scores of `fisher_scores`, holding one block's weights and scores, one gradient, and block inputs.
 
@@ -32,7 +33,9 @@ def blockwise_fisher_scores(
         open_model: gives the model with its weights not yet read, as often as it is called.
         sequences: (N, T) int32 tokens.
         scratch: a directory for block inputs that memory is not to hold.
-        advance: called after each block and sequence, forward and backward.
+        memory_limit: bytes to aim at: fewer block inputs are held, and a block's layers are scored in groups (each
+            of which costs another pass through the block). A block's own weights are the least there is.
+        advance: called with `forward` and `backward` after each block and sequence.
 
     Yields:
         The path and (out, in) float32 scores of each layer of `scored_layers`, from the last block to the first.
@@ -46,40 +49,72 @@ def blockwise_fisher_scores(
         return BlockwiseModel(model)
 
     rows = [mx.array(row) for row in sequences]
-    inputs = BlockInputs(scratch)
-    model = opened()
-    paths = scored_layers(model.model)
-    blocks = len(model.blocks)
-    states = [model.embed(row[None, :-1]) for row in rows]
-    mx.eval(states)
+    inputs = BlockInputs(scratch, INPUT_BYTES if memory_limit is None else memory_limit // 8)
+    with opened() as model:
+        blocks = len(model.blocks)
+        states = [model.embed(row[None, :-1]) for row in rows]
+        mx.eval(states)
     for i in range(blocks):
-        model = opened()  # which lets go of the block before
+        with opened() as model:
+            for n, row in enumerate(rows):
+                inputs.put(i, n, states[n])
+                states[n] = model.block(i, row[None, :-1], states[n])
+                mx.eval(states[n])
+                advance("forward")
+    with opened() as model:
         for n, row in enumerate(rows):
-            inputs.put(i, n, states[n])
-            states[n] = model.block(i, row[None, :-1], states[n])
-            mx.eval(states[n])
-            advance()
-
-    model = opened()
-    for n, row in enumerate(rows):
-        states[n] = _loss_gradient(model, row, states[n])
-
+            states[n] = _loss_gradient(model, row, states[n])
     for i in reversed(range(blocks)):
-        model = opened()
-        inside = {id(m) for m in model.blocks[i].modules()}
-        modules = dict(model.model.named_modules())
-        layers = {p: modules[p] for p in paths if id(modules[p]) in inside}
-        scores = {p: mx.zeros(m.weight.shape) for p, m in layers.items()}
+        with opened() as model:
+            yield from _score_block(model, i, rows, inputs, states, memory_limit, advance)
+
+
+def _score_block(
+    model: BlockwiseModel,
+    number: int,
+    rows: list[mx.array],
+    inputs: "BlockInputs",
+    states: list[mx.array],
+    memory_limit: int | None,
+    advance: Callable[[str], None],
+) -> Iterator[tuple[str, mx.array]]:
+    """The scores of a block's layers; `states`, the gradients of its outputs, become those of its inputs."""
+    inside = {id(m) for m in model.blocks[number].modules()}
+    modules = dict(model.model.named_modules())
+    layers = {p: modules[p] for p in scored_layers(model.model) if id(modules[p]) in inside}
+    del modules
+    groups = _groups({p: m.weight.size * 4 for p, m in layers.items()}, memory_limit)
+    outputs = list(states)
+    for group in groups:
+        scores = {p: mx.zeros(layers[p].weight.shape) for p in group}
         for n, row in enumerate(rows):
-            tape, states[n] = _backward(model, i, layers, row, inputs.take(i, n), states[n])
-            for path in layers:
+            tape, states[n] = _backward(
+                model, number, {p: layers[p] for p in group}, row, inputs.get(number, n), outputs[n]
+            )
+            for path in group:
                 if (gradient := tape.gradient(path)) is not None:
                     scores[path] = scores[path] + gradient.astype(mx.float32).square() / len(rows)
                     mx.eval(scores[path])
-            advance()
-        del model, modules, layers
+            if group is groups[-1]:
+                advance("backward")
         while scores:
             yield scores.popitem()
+    for n in range(len(rows)):
+        inputs.drop(number, n)
+
+
+def _groups(sizes: dict[str, int], memory_limit: int | None) -> list[list[str]]:
+    """Layers to be scored together: their scores are to fit what the weights of all of them leave of the limit."""
+    room = float("inf") if memory_limit is None else memory_limit - memory_limit // 8 - sum(sizes.values())
+    groups: list[list[str]] = [[]]
+    used = 0
+    for path, size in sizes.items():
+        if groups[-1] and used + 2 * size > room:  # a gradient is made beside the scores
+            groups.append([])
+            used = 0
+        groups[-1].append(path)
+        used += size
+    return groups
 
 
 def _loss_gradient(model: BlockwiseModel, row: mx.array, x: mx.array) -> mx.array:
@@ -104,15 +139,14 @@ def _backward(
 
 
 class BlockInputs:
-    """What goes into each block, by block and sequence: in memory up to a limit, then in files."""
+    """What goes into each block, by block and sequence: in memory up to a limit in bytes, then in files."""
 
-    def __init__(self, scratch: Path, limit: int | None = None):
-        self._scratch = scratch
-        self._left = INPUT_BYTES if limit is None else limit
+    def __init__(self, scratch: Path, limit: int):
+        self._scratch, self._left = scratch, limit
         self._held: dict[tuple[int, int], mx.array] = {}
 
     def put(self, block: int, sequence: int, x: mx.array) -> None:
-        """Keep an evaluated input until it is taken."""
+        """Keep an evaluated input until it is dropped."""
         if x.nbytes <= self._left:
             self._left -= x.nbytes
             self._held[block, sequence] = x
@@ -120,16 +154,17 @@ class BlockInputs:
             with reporting_disk_errors(self._scratch):
                 mx.save_safetensors(str(self._file(block, sequence)), {"x": x})
 
-    def take(self, block: int, sequence: int) -> mx.array:
-        """Give an input back and forget it."""
+    def get(self, block: int, sequence: int) -> mx.array:
+        if (held := self._held.get((block, sequence))) is not None:
+            return held
+        return mx.load(str(self._file(block, sequence)))["x"]  # type: ignore[index, call-overload, return-value]
+
+    def drop(self, block: int, sequence: int) -> None:
+        """Forget an input."""
         if (held := self._held.pop((block, sequence), None)) is not None:
             self._left += held.nbytes
-            return held
-        file = self._file(block, sequence)
-        x: mx.array = mx.load(str(file))["x"]  # type: ignore[index, call-overload, assignment]
-        mx.eval(x)
-        file.unlink()
-        return x
+        else:
+            self._file(block, sequence).unlink()
 
     def _file(self, block: int, sequence: int) -> Path:
         return self._scratch / f"input-{block}-{sequence}.safetensors"

@@ -42,13 +42,17 @@ class Selector:
             best = _highest(flat, self._counts[path])
             self._chosen[path] = best.astype(np.uint32), flat[best]
             return
-        best = _highest(flat, self._total)
-        layers = np.append(self._layers, np.full(len(best), self._paths.index(path), np.int32))
-        positions = np.append(self._positions, best.astype(np.uint32))
-        merged = np.append(self._scores, flat[best])
-        order = np.lexsort((positions, layers))
-        keep = order[_highest(merged[order], self._total)]
-        self._layers, self._positions, self._scores = layers[keep], positions[keep], merged[keep]
+        if len(self._scores) == self._total:
+            best = np.flatnonzero(flat >= self._scores.min())
+        else:
+            best = _highest(flat, self._total)
+        number = self._paths.index(path)
+        at = int(np.searchsorted(self._layers, number))
+        merged = np.insert(self._scores, at, flat[best])
+        keep = _highest(merged, self._total)
+        self._layers = np.insert(self._layers, at, np.full(len(best), number))[keep]
+        self._positions = np.insert(self._positions, at, best)[keep]
+        self._scores = merged[keep]
 
     def result(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """For each layer with chosen weights, their (n,) uint32 flat positions, increasing, and (n,) float32 scores."""

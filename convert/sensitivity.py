@@ -60,7 +60,7 @@ def sequence_loss(logits: mx.array, tokens: mx.array) -> mx.array:
 
 
 def fisher_scores(
-    model: nn.Module, sequences: np.ndarray, advance: Callable[[], None] = lambda: None
+    model: nn.Module, sequences: np.ndarray, advance: Callable[[str], None] = lambda phase: None
 ) -> Iterator[tuple[str, mx.array]]:
     """Fisher scores of all weights of a dense model's linear layers, by one backward pass per sequence.
 
@@ -69,7 +69,7 @@ def fisher_scores(
     Args:
         model: a dense mlx-lm model.
         sequences: (N, T) int32 tokens.
-        advance: called after each sequence.
+        advance: called with `backward` after each sequence.
 
     Yields:
         For each path of `scored_layers`, the path and (out, in) float32 scores.
@@ -90,7 +90,7 @@ def fisher_scores(
         for path, g in gradient(weights, mx.array(row)).items():
             scores[path] = scores[path] + g.astype(mx.float32).square() / len(sequences)
         mx.eval(scores)
-        advance()
+        advance("backward")
     model.update(tree_unflatten([(f"{p}.weight", w) for p, w in weights.items()]))
     yield from scores.items()
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,7 +21,13 @@ _DTYPES = {
 
 
 def write_model(
-    out: Path, source: Path, hub_id: str | None, model: nn.Module, tokenizer: TokenizerWrapper, config: dict[str, Any]
+    out: Path,
+    source: Path,
+    hub_id: str | None,
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    config: dict[str, Any],
+    lap: Callable[[str], None] = lambda phase: None,
 ) -> None:
     """Write a model directory: shards and their index, config, tokenizer, and what mlx-lm copies from the source.
 
@@ -30,6 +37,7 @@ def write_model(
         hub_id: what the model card is to name as the base model.
         model: its weights may be unread and unquantized yet; they are taken out of it.
         tokenizer, config: to be stored.
+        lap: called with `quantize` and `write` after each tensor's part of the work.
     """
     weights = dict(tree_flatten(model.parameters()))
     index: dict[str, Any] = {
@@ -47,7 +55,7 @@ def write_model(
         name = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         names.update(dict.fromkeys(shard, name))
         with (out / name).open("wb") as f:
-            _write_shard(f, shard)
+            _write_shard(f, shard, lap)
     index["weight_map"] = dict(sorted(names.items()))
     (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=4))
 
@@ -58,7 +66,7 @@ def write_model(
     create_model_card(out, hub_id)
 
 
-def _write_shard(file: IO[bytes], tensors: dict[str, mx.array]) -> None:
+def _write_shard(file: IO[bytes], tensors: dict[str, mx.array], lap: Callable[[str], None]) -> None:
     """Write a safetensors file, emptying `tensors` on the way."""
     header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
     end = 0
@@ -71,6 +79,7 @@ def _write_shard(file: IO[bytes], tensors: dict[str, mx.array]) -> None:
     for name in list(tensors):
         tensor = tensors.pop(name)
         mx.eval(tensor)
+        lap("quantize")
         file.write(np.array(mx.contiguous(tensor).reshape(-1).view(mx.uint8), copy=False).data)
         del tensor
-        mx.clear_cache()
+        lap("write")

@@ -1,0 +1,146 @@
+"""Time and memory of a conversion.
+
+    python tests/benchmarks/convert.py compare SOURCE [--num-samples 4] [--repeats 3]
+    python tests/benchmarks/convert.py tinyllama|llama2-7b [--num-samples 8] [--memory-limit GB] [--scratch DIR]
+
+`compare` times the block-by-block scores of a model against the ones with all gradients in memory, in alternation in
+one process. A shape converts a model of that shape with random bfloat16 weights, made first, in a process of its own:
+its peak resident memory is given in all, and above that of an interpreter that has imported zo_mlx.
+"""
+
+import zo_mlx  # isort: skip  # noqa: F401  (first, so that MLX gets a fast BLAS)
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from zo_mlx.convert.blockwise import blockwise_fisher_scores
+from zo_mlx.convert.sensitivity import DEFAULT_TEXT, calibration_sequences, fisher_scores
+from zo_mlx.convert.sources import open_source
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from conftest import byte_tokenizer
+
+# hidden size, inner size, blocks, attention heads, key-value heads, vocabulary
+SHAPES = {"tinyllama": (2048, 5632, 22, 32, 4, 32000), "llama2-7b": (4096, 11008, 32, 32, 32, 32000)}
+
+
+def compare(source_path: str, num_samples: int, repeats: int) -> None:
+    """Print the median times of both ways, and the median of the ratios of neighbours."""
+    seconds: dict[str, list[float]] = {"block by block": [], "in memory": []}
+    peaks = dict.fromkeys(seconds, 0)
+    with tempfile.TemporaryDirectory() as scratch, open_source(source_path, None, Path(scratch)) as source:
+        text = DEFAULT_TEXT.read_text(encoding="utf-8")
+        sequences = calibration_sequences(source.tokenizer, text, num_samples, 256, seed=0)
+        ways = {
+            "block by block": lambda: blockwise_fisher_scores(source.open_model, sequences, Path(scratch)),
+            "in memory": lambda: fisher_scores(source.open_model(), sequences),
+        }
+        for _ in range(repeats):
+            for name, way in ways.items():
+                mx.clear_cache()
+                mx.reset_peak_memory()
+                started = time.perf_counter()
+                for _, scores in way():
+                    del scores
+                seconds[name].append(time.perf_counter() - started)
+                peaks[name] = max(peaks[name], mx.get_peak_memory())
+    print(f"{source_path}, {num_samples} x 256 tokens, {mx.default_device()}")
+    for name, own in seconds.items():
+        print(f"{name:16}{statistics.median(own):8.1f} s   MLX's peak {peaks[name] / 2**30:.2f} GiB")
+    ratios = [a / b for a, b in zip(seconds["block by block"], seconds["in memory"], strict=True)]
+    print(f"ratio {statistics.median(ratios):.2f}")
+
+
+def make_model(path: Path, shape: str) -> None:
+    """Write a llama of random bfloat16 weights, a block to a file."""
+    hidden, inner, blocks, heads, kv_heads, vocabulary = SHAPES[shape]
+    path.mkdir()
+    byte_tokenizer().save_pretrained(path)
+    config = {
+        "model_type": "llama", "hidden_size": hidden, "num_hidden_layers": blocks, "max_position_embeddings": 2048,
+        "intermediate_size": inner, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+        "rms_norm_eps": 1e-5, "vocab_size": vocabulary, "torch_dtype": "bfloat16", "tie_word_embeddings": False,
+    }  # fmt: skip
+    (path / "config.json").write_text(json.dumps(config))
+    rng = np.random.default_rng(0)
+
+    def random(rows: int, columns: int) -> mx.array:
+        return mx.array(rng.standard_normal((rows, columns), np.float32) / columns**0.5).astype(mx.bfloat16)
+
+    kv = hidden // heads * kv_heads
+    matrices = {
+        "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }  # fmt: skip
+    for i in range(blocks):
+        tensors = {f"model.layers.{i}.{name}.weight": random(*size) for name, size in matrices.items()}
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"model.layers.{i}.{norm}.weight"] = mx.ones(hidden, mx.bfloat16)
+        mx.save_safetensors(str(path / f"model-{i:05d}.safetensors"), tensors, {"format": "mlx"})
+    ends = {
+        "model.embed_tokens.weight": random(vocabulary, hidden),
+        "lm_head.weight": random(vocabulary, hidden),
+        "model.norm.weight": mx.ones(hidden, mx.bfloat16),
+    }
+    mx.save_safetensors(str(path / "model-99999.safetensors"), ends, {"format": "mlx"})
+
+
+CHILD = """
+import json, sys
+import zo_mlx
+def peak():
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM"))
+import mlx.core as mx
+mx.eval(mx.ones(8) @ mx.ones(8))
+own = peak()
+done = zo_mlx.convert(**json.loads(sys.argv[1]))
+print(json.dumps({"own": own, "peak": peak(), "mlx": done.peak_memory, "seconds": done.seconds, "phases": done.phases}))
+"""
+
+
+def convert_shape(shape: str, num_samples: int, memory_limit: float | None, scratch: str | None) -> None:
+    """Convert a model of a shape and print its peak memory and times."""
+    with tempfile.TemporaryDirectory(dir=scratch) as work:
+        make_model(Path(work, "model"), shape)
+        settings = {"num_samples": num_samples, "sequence_length": 256, "memory_limit": memory_limit}
+        paths = {"hf_path": str(Path(work, "model")), "mlx_path": str(Path(work, "out"))}
+        command = [sys.executable, "-c", CHILD, json.dumps({**paths, **settings})]
+        done = json.loads(
+            subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1]
+        )
+    print(f"{shape}, {num_samples} x 256 tokens, memory limit {memory_limit}, {mx.default_device()}")
+    print(f"peak resident memory {done['peak'] / 2**30:.2f} GiB, {(done['peak'] - done['own']) / 2**30:.2f} GiB above")
+    print(f"the interpreter's own {done['own'] / 2**30:.2f} GiB; MLX's peak {done['mlx'] / 2**30:.2f} GiB")
+    phases = ", ".join(f"{name} {seconds:.0f}" for name, seconds in done["phases"].items())
+    print(f"{done['seconds']:.0f} s, of which {phases}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=["compare", *SHAPES])
+    parser.add_argument("source", nargs="?", help="for compare: a Hugging Face directory or .gguf file")
+    parser.add_argument("--num-samples", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--memory-limit", type=float, metavar="GB")
+    parser.add_argument("--scratch", metavar="DIR", help="where the random model is put")
+    args = parser.parse_args()
+    if args.what != "compare":
+        convert_shape(args.what, args.num_samples, args.memory_limit, args.scratch)
+    elif args.source:
+        compare(args.source, args.num_samples, args.repeats)
+    else:
+        parser.error("compare needs a source")
+
+
+if __name__ == "__main__":
+    main()
