@@ -92,9 +92,9 @@ def _score_block(
                 model, number, {p: layers[p] for p in group}, row, inputs.get(number, n), outputs[n]
             )
             for path in group:
-                if (gradient := tape.gradient(path)) is not None:
-                    scores[path] = scores[path] + gradient.astype(mx.float32).square() / len(rows)
-                    mx.eval(scores[path])
+                gradient = tape.gradient(path, scores[path].shape).astype(mx.float32)
+                scores[path] = scores[path] + gradient.square() / len(rows)
+                mx.eval(scores[path])
             if group is groups[-1]:
                 advance("backward")
         while scores:

@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
+from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import UsageError
@@ -49,9 +50,9 @@ def calibration_sequences(
 
 
 def scored_layers(model: nn.Module) -> list[str]:
-    """Paths of the linear layers whose weights can be sensitive: all those inside the transformer blocks."""
+    """Paths of the linear layers whose weights can be sensitive: all in the transformer blocks, experts included."""
     blocks = {id(m) for block in model.layers for m in block.modules()}
-    return sorted(p for p, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) in blocks)
+    return sorted(p for p, m in model.named_modules() if isinstance(m, nn.Linear | SwitchLinear) and id(m) in blocks)
 
 
 def sequence_loss(logits: mx.array, tokens: mx.array) -> mx.array:

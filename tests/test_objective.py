@@ -60,7 +60,7 @@ def test_token_loss_equals_mlx_lms(
     rng = np.random.default_rng(0)
     rows = [(_tokens(rng, n), offset) for n, offset in ((9, 4), (5, 1), (12, 7))]
     batch = collate([[_completion(*r) for r in rows]])
-    got = branch_losses(scores(head, batch), batch)
+    got = branch_losses(scores(head, batch), batch, sum(len(t) - offset for t, offset in rows))
 
     width = max(len(t) for t, _ in rows)
     padded = mx.array([t + [0] * (width - len(t)) for t, _ in rows])
@@ -74,9 +74,10 @@ def test_branches_average_to_the_loss_over_all_tokens(head: Head) -> None:
     rng = np.random.default_rng(1)
     examples = [_completion(_tokens(rng, n), 2) for n in (4, 9, 6, 14)]
     together, apart = collate([examples]), collate([examples[:2], examples[2:]])
-    assert mx.allclose(
-        branch_losses(scores(head, apart), apart).mean(), branch_losses(scores(head, together), together)[0], atol=1e-5
-    )
+    targets = sum(len(e.targets[0]) for e in examples)
+    one = branch_losses(scores(head, together), together, targets)
+    two = branch_losses(scores(head, apart), apart, targets / 2)
+    assert mx.allclose(two.mean(), one[0], atol=1e-5)
 
 
 def test_choice_loss_equals_full_logits_in_float64(model: llama.Model, head: Head) -> None:
@@ -103,4 +104,4 @@ def test_choice_loss_equals_full_logits_in_float64(model: llama.Model, head: Hea
             assert np.isneginf(np.array(got)[p, e, len(expected) :]).all()
             assert example.label is not None
             losses[p, e] = -log_softmax(np.array(expected))[example.label]
-    assert np.allclose(np.array(branch_losses(got, batch)), losses.mean(axis=1), atol=1e-4)
+    assert np.allclose(np.array(branch_losses(got, batch, tokens=1)), losses.mean(axis=1), atol=1e-4)

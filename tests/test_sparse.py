@@ -7,12 +7,17 @@ import pytest
 from conftest import dense_weights
 from mlx.utils import tree_unflatten
 from mlx_lm import load
+from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
 
+from zo_mlx.data import load_dataset
 from zo_mlx.errors import UsageError
+from zo_mlx.head import split_head
 from zo_mlx.index import SensitiveIndex, read_index
 from zo_mlx.model import load_sparse
-from zo_mlx.product import prepare
+from zo_mlx.product import dequantized, prepare
 from zo_mlx.sparse import SparseLinear, SparseModel
+from zo_mlx.step import make_loss
+from zo_mlx.switch import SparseSwitchLinear
 
 MODES = [("affine", 64, 4), ("affine", 32, 8), ("affine", 64, 2), ("mxfp4", 32, 4), ("mxfp8", 32, 8), ("nvfp4", 16, 4)]
 
@@ -92,9 +97,14 @@ def test_an_index_of_another_model_is_refused(tiny: Path) -> None:
         SparseModel(model, SensitiveIndex({path: tensor}))
 
 
-def test_models_that_mix_the_rows_of_a_batch_are_refused(tiny: Path) -> None:
-    sparse, *_ = load_sparse(tiny)
+def test_models_that_mix_the_rows_of_a_batch_are_computed_branch_by_branch(tiny: Path, choice_data: Path) -> None:
+    """Their losses equal those of the same model without the mixing."""
+    sparse, tokenizer, index, _ = load_sparse(tiny)
+    examples = load_dataset(choice_data / "train.jsonl", tokenizer, 100).examples[:8]
+    values = index.initial_values() + 0.1 * mx.random.normal((4, index.size), key=mx.random.key(0))
     sparse.check_branches()
+    assert sparse.stackable
+    expected = make_loss(sparse, split_head(sparse.model))(values, examples)
     attention = type(sparse.model.layers[0].self_attn)
 
     class Mixing(attention):  # type: ignore[valid-type, misc]
@@ -102,8 +112,34 @@ def test_models_that_mix_the_rows_of_a_batch_are_refused(tiny: Path) -> None:
             return super().__call__(x[::-1], *args)[::-1]
 
     sparse.model.layers[0].self_attn.__class__ = Mixing
-    with pytest.raises(UsageError, match=r"mlx_lm\.models\.llama cannot be trained: it mixes the rows"):
-        sparse.check_branches()
+    sparse.check_branches()
+    assert not sparse.stackable
+    assert mx.allclose(make_loss(sparse, split_head(sparse.model))(values, examples), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("many", [False, True])  # from 64 routed rows on, mlx-lm sorts them by expert
+def test_experts_equal_dense_arithmetic(many: bool, quantized: bool) -> None:
+    """A mixture-of-experts block with a sparse difference against one with those weights put in place."""
+    rng = np.random.default_rng(0)
+    mx.random.seed(0)
+    stock, sparse = SwitchGLU(64, 96, 5), SwitchGLU(64, 96, 5)
+    x = mx.array(rng.normal(size=(2, 20 if many else 3, 64)).astype(np.float32))
+    experts = mx.array(rng.integers(0, 5, (*x.shape[:2], 2)))
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        layer = SwitchLinear(*reversed(stock[name].weight.shape[1:]), 5, bias=False)
+        layer = layer.to_quantized(32, 4) if quantized else layer
+        weight = np.array(dequantized(layer))
+        # Unequal numbers of columns per expert, one expert with none.
+        chosen = np.sort(rng.choice(weight[:4].size, 60, replace=False))
+        indices = np.append(chosen, np.arange(0, 20) + weight[:4].size - 40).astype(np.uint32)
+        indices = np.unique(indices)
+        values = rng.normal(size=len(indices)).astype(np.float32)
+        weight.reshape(-1)[indices] = values
+        sparse[name] = SparseSwitchLinear(layer, indices)
+        sparse[name].set_values(mx.array(values)[None])
+        stock[name].weight = mx.array(weight)
+    assert mx.allclose(sparse(x, experts), stock(x, experts), atol=1e-4)
 
 
 def test_models_that_look_into_their_layers_are_refused(tiny: Path) -> None:

@@ -101,7 +101,7 @@ def scores(head: Head, batch: Batch) -> mx.array:
     return mx.where(exists, summed, -mx.inf)
 
 
-def branch_losses(scored: mx.array, batch: Batch) -> mx.array:
+def branch_losses(scored: mx.array, batch: Batch, tokens: float) -> mx.array:
     """The objective of every branch: (P,) float32, in nats.
 
     For `choices`, the mean over examples of -log softmax(scores)[right choice]. Else the sum over target tokens of
@@ -109,9 +109,9 @@ def branch_losses(scored: mx.array, batch: Batch) -> mx.array:
 
     Args:
         scored: (P, E, C), from `scores`.
+        tokens: the mean number of target tokens in a branch of the step; not used for `choices`.
     """
     if batch.labels is None:
-        tokens = (batch.slots < len(batch.target_token)).sum() / batch.slots.shape[0]
         return -scored.sum(axis=(1, 2)) / tokens
     return example_losses(scored, batch.labels).mean(axis=-1)
 

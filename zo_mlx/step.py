@@ -31,9 +31,16 @@ def make_loss(sparse: SparseModel, head: Head) -> Loss:
 
     def loss(values: mx.array, examples: Sequence[Example]) -> mx.array:
         directions = len(values) // 2
-        batch = collate([examples[d::directions] for d in range(directions) for _ in range(2)])
-        sparse.set_values(values)
-        return branch_losses(scores(head, batch), batch)
+        shares = [examples[d::directions] for d in range(directions) for _ in range(2)]
+        tokens = sum(len(e.targets[0]) for e in examples) / directions
+        at_once = len(values) if sparse.stackable else 1
+        losses = []
+        for start in range(0, len(values), at_once):
+            batch = collate(shares[start : start + at_once])
+            sparse.set_values(values[start : start + at_once])
+            losses.append(branch_losses(scores(head, batch), batch, tokens))
+            mx.eval(losses[-1])
+        return mx.concatenate(losses)
 
     return loss
 
