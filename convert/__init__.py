@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import math
 import sys
 import tempfile
 import time
@@ -20,6 +21,7 @@ from ..errors import UsageError
 from ..files import new_directory
 from ..index import SensitiveIndex, SensitiveTensor, write_index
 from ..model import fingerprint
+from ..product import dequantized, weight_shape
 from ..progress import Progress, redirected_to_stderr
 from .blocks import BlockwiseModel
 from .blockwise import blockwise_fisher_scores
@@ -32,7 +34,7 @@ from .sensitivity import (
     scored_layers,
 )
 from .sources import Source, open_source
-from .write import write_model
+from .write import copy_model, write_model
 
 __all__ = ["Conversion", "convert"]
 
@@ -80,7 +82,8 @@ def convert(
 ) -> Conversion:
     """Write a quantized MLX model that stock mlx-lm loads, plus `sensitive.safetensors`.
 
-    The tensors are those `mlx_lm.convert -q` writes from the same source with the same settings, bit by bit.
+    The tensors are those `mlx_lm.convert -q` writes from the same source with the same settings, bit by bit. From a
+    model that MLX has already quantized they are copied, and the values are those of its quantized weights.
 
     Args:
         hf_path: a Hugging Face directory, a hub id, or a `.gguf` file.
@@ -124,14 +127,20 @@ def convert(
 
     out = Path(mlx_path)
     with new_directory(out) as beside, open_source(hf_path, dtype, beside.parent) as source, _bounded_cache():
+        if source.quantized and (q_bits or q_group_size):
+            raise UsageError(f"{hf_path} is already quantized: --q-bits and --q-group-size do not apply")
         sequences = calibration_sequences(source.tokenizer, text, num_samples, sequence_length, seed)
         watch = Stopwatch()
         selector, candidates, mass = _score(source, sequences, density, scope, limit, beside.parent, watch, progress)
         index = SensitiveIndex(_gather(source.open_model(), selector.result()))
         watch.lap("select")
-        with redirected_to_stderr():
-            model, config = quantize_model(source.open_model(), source.config, q_group_size, q_bits)
-            write_model(beside, source.directory, source.hub_id, model, source.tokenizer, config, watch.lap)
+        if source.quantized:
+            copy_model(beside, source.directory)
+            watch.lap("write")
+        else:
+            with redirected_to_stderr():
+                model, config = quantize_model(source.open_model(), source.config, q_group_size, q_bits)
+                write_model(beside, source.directory, source.hub_id, model, source.tokenizer, config, watch.lap)
         coverage = sum(float(t.scores.sum(dtype=np.float64)) for t in index.tensors.values()) / mass if mass else 0.0
         index.metadata = {
             "density": density,
@@ -181,12 +190,17 @@ def _score(
     """Rank the weights of all linear layers; also their number, and the sum of their scores."""
     model = source.open_model()
     modules = dict(model.named_modules())
-    sizes = {path: modules[path].weight.size for path in scored_layers(model)}
+    sizes = {path: math.prod(weight_shape(modules[path])) for path in scored_layers(model)}
     selector, mass = Selector(sizes, density, scope), 0.0
     blocks = len(model.layers)
     with BlockwiseModel(model) as blockwise:
         chain = blockwise.is_chain()
     del model, modules
+    if not chain and source.quantized:
+        raise UsageError(
+            f"the blocks of {source.config['model_type']} are not a plain chain, each fed by the one before; such a "
+            "model cannot be converted once it is quantized: use the full-precision one"
+        )
     if not chain:
         print(
             f"Warning: the blocks of {source.config['model_type']} are not a plain chain, each fed by the one before: "
@@ -222,8 +236,12 @@ def _gather(model: nn.Module, chosen: dict[str, tuple[np.ndarray, np.ndarray]]) 
     modules = dict(model.named_modules())
     tensors = {}
     for path, (indices, scores) in chosen.items():
-        values = modules[path].pop("weight").reshape(-1)[mx.array(indices)]
+        module = modules[path]
+        weight = dequantized(module) if "scales" in module else module.weight
+        values = weight.reshape(-1)[mx.array(indices)]
         mx.eval(values)
+        module.pop("weight")
+        del weight
         tensors[path] = SensitiveTensor(indices, values, scores)
     return tensors
 

@@ -1,5 +1,6 @@
 """Fisher scores with the memory of one transformer block."""
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..files import reporting_disk_errors
-from ..product import on_cpu
+from ..product import prepare, weight_shape
 from .blocks import BlockwiseModel
 from .gradients import Tape, taped
 from .sensitivity import scored_layers, sequence_loss
@@ -30,7 +31,8 @@ def blockwise_fisher_scores(
     forward twice, so this takes 4/3 of the arithmetic.
 
     Args:
-        open_model: gives the model with its weights not yet read, as often as it is called.
+        open_model: gives the model with its weights not yet read, as often as it is called. Quantized layers are scored
+            like the dense ones they stand for.
         sequences: (N, T) int32 tokens.
         scratch: a directory for block inputs that memory is not to hold.
         memory_limit: bytes to aim at: fewer block inputs are held, and a block's layers are scored in groups (each
@@ -38,15 +40,12 @@ def blockwise_fisher_scores(
         advance: called with `forward` and `backward` after each block and sequence.
 
     Yields:
-        The path and (out, in) float32 scores of each layer of `scored_layers`, from the last block to the first.
+        Path and float32 scores, of the weight's shape, of each of `scored_layers`, from the last block to the first.
     """
 
     def opened() -> BlockwiseModel:
         mx.clear_cache()
-        model = open_model()
-        if on_cpu():
-            model.set_dtype(mx.float32)
-        return BlockwiseModel(model)
+        return BlockwiseModel(prepare(open_model()))
 
     rows = [mx.array(row) for row in sequences]
     inputs = BlockInputs(scratch, INPUT_BYTES if memory_limit is None else memory_limit // 8)
@@ -83,16 +82,17 @@ def _score_block(
     modules = dict(model.model.named_modules())
     layers = {p: modules[p] for p in scored_layers(model.model) if id(modules[p]) in inside}
     del modules
-    groups = _groups({p: m.weight.size * 4 for p, m in layers.items()}, memory_limit)
+    shapes = {p: weight_shape(m) for p, m in layers.items()}
+    groups = _groups({p: 4 * math.prod(shape) for p, shape in shapes.items()}, memory_limit)
     outputs = list(states)
     for group in groups:
-        scores = {p: mx.zeros(layers[p].weight.shape) for p in group}
+        scores = {p: mx.zeros(shapes[p]) for p in group}
         for n, row in enumerate(rows):
             tape, states[n] = _backward(
                 model, number, {p: layers[p] for p in group}, row, inputs.get(number, n), outputs[n]
             )
             for path in group:
-                gradient = tape.gradient(path, scores[path].shape).astype(mx.float32)
+                gradient = tape.gradient(path, shapes[path]).astype(mx.float32)
                 scores[path] = scores[path] + gradient.square() / len(rows)
                 mx.eval(scores[path])
             if group is groups[-1]:

@@ -11,11 +11,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
-from mlx_lm.models.switch_layers import SwitchLinear
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import UsageError
 from ..product import on_cpu
+
+SCORED = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
 
 DEFAULT_TEXT = Path(__file__).with_name("calibration.txt")
 
@@ -52,7 +54,7 @@ def calibration_sequences(
 def scored_layers(model: nn.Module) -> list[str]:
     """Paths of the linear layers whose weights can be sensitive: all in the transformer blocks, experts included."""
     blocks = {id(m) for block in model.layers for m in block.modules()}
-    return sorted(p for p, m in model.named_modules() if isinstance(m, nn.Linear | SwitchLinear) and id(m) in blocks)
+    return sorted(p for p, m in model.named_modules() if isinstance(m, SCORED) and id(m) in blocks)
 
 
 def sequence_loss(logits: mx.array, tokens: mx.array) -> mx.array:

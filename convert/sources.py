@@ -23,7 +23,7 @@ from .gguf import write_hf_directory
 
 @dataclass
 class Source:
-    """A dense model and what belongs to it.
+    """A model and what belongs to it.
 
     Attributes:
         directory: where it is.
@@ -36,6 +36,11 @@ class Source:
     dtype: str | None
     config: dict[str, Any]
     tokenizer: TokenizerWrapper
+
+    @property
+    def quantized(self) -> bool:
+        """Whether MLX has already quantized it."""
+        return "quantization" in self.config
 
     def open_model(self) -> nn.Module:
         """The model with weights that are read when they are first used; every call gives a new one."""
@@ -86,12 +91,16 @@ def _fetch(hub_id: str) -> Path:
 
 def _open_directory(directory: Path, hub_id: str | None, dtype: str | None) -> Source:
     config = read_json(directory / "config.json")
-    if "quantization" in config or "quantization_config" in config:
-        raise UsageError(f"{directory} is already quantized; convert from the full-precision model instead")
+    if "quantization_config" in config and "quantization" not in config:
+        raise UsageError(f"{directory} is quantized, but not by MLX; convert from the full-precision model instead")
     _, config = load_stock_model(directory, lazy=True)
     tokenizer = load_tokenizer_of(directory, config)
     # The same choice, from the same fields, as mlx_lm.convert's, or its tensors would differ from ours.
     text_config = config.get("text_config")
+    if "quantization" in config:
+        if dtype:
+            raise UsageError(f"{directory} is already quantized: --dtype does not apply")
+        return Source(directory, hub_id, None, config, tokenizer)
     dtype = dtype or config.get("torch_dtype") or (text_config.get("dtype") if isinstance(text_config, dict) else None)
     return Source(directory, hub_id, dtype, config, tokenizer)
 

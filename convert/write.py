@@ -14,6 +14,8 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import create_model_card, get_total_parameters, make_shards, save_config
 
+from ..index import FILE_NAME as INDEX
+
 _DTYPES = {
     mx.bool_: "BOOL", mx.uint8: "U8", mx.int8: "I8", mx.uint16: "U16", mx.int16: "I16", mx.uint32: "U32",
     mx.int32: "I32", mx.uint64: "U64", mx.int64: "I64", mx.float16: "F16", mx.bfloat16: "BF16", mx.float32: "F32",
@@ -64,6 +66,13 @@ def write_model(
     if (generation := source / "generation_config.json").exists():
         shutil.copy(generation, out)
     create_model_card(out, hub_id)
+
+
+def copy_model(out: Path, source: Path) -> None:
+    """Copy a model directory's weights, configuration and tokenizer; not its code, index or folders."""
+    for file in source.iterdir():
+        if file.is_file() and file.suffix != ".py" and file.name != INDEX:
+            shutil.copyfile(file, out / file.name)
 
 
 def _write_shard(file: IO[bytes], tensors: dict[str, mx.array], lap: Callable[[str], None]) -> None:

@@ -69,7 +69,7 @@ def test_flags_take_precedence_over_yaml_and_yaml_over_defaults(
         ("convert --hf-path {tmp}/none --mlx-path {tmp}/o", 2, "no such model"),
         ("convert --hf-path {tmp}/empty --mlx-path {tmp}/o", 2, "config.json is missing"),
         ("convert --hf-path {data}/train.jsonl --mlx-path {tmp}/o", 2, "not a .gguf file"),
-        ("convert --hf-path {model} --mlx-path {tmp}/o", 2, "already quantized"),
+        ("convert --hf-path {model} --mlx-path {tmp}/o --q-bits 8", 2, "already quantized: --q-bits"),
         ("convert --hf-path {model} --mlx-path {tmp}/empty", 2, "already exists"),
         ("train --model {tmp}/none --data {data} --adapter-path {tmp}/a", 2, "no such model"),
         ("train --model {tmp}/empty --data {data} --adapter-path {tmp}/a", 2, "config.json is missing"),

@@ -7,7 +7,7 @@ import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
-from conftest import write_hf_llama
+from conftest import dense_weights, write_hf_llama
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models import llama
 from test_files import run_on_full_disk
@@ -201,7 +201,8 @@ def _config(**changes: object) -> object:
         (_config(hidden_size=None), "cannot be loaded"),
         (_config(hidden_size="wide"), "cannot be loaded"),
         (_config(model_file="evil.py"), "needs custom code"),
-        (_config(quantization={"bits": 4}), "already quantized"),
+        (_config(quantization={"bits": 4}), "cannot be loaded"),
+        (_config(quantization_config={"quant_method": "gptq"}), "is quantized, but not by MLX"),
     ],
 )
 def test_bad_sources_are_one_clear_line_and_leave_nothing(damage: object, problem: str, tmp_path: Path) -> None:
@@ -246,3 +247,37 @@ except ZoError as e:
 """
     assert run_on_full_disk(code, 20000).startswith("ZoError cannot write")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("mode", "group", "bits"), [("affine", 64, 4), ("affine", 32, 8), ("mxfp4", 32, 4), ("nvfp4", 16, 4)]
+)
+def test_a_model_that_is_already_quantized_gets_its_index(
+    mode: str, group: int, bits: int, choice_data: Path, tmp_path: Path
+) -> None:
+    """Scores are those of the dense model with the dequantized weights; the weights stay as they are."""
+    stock, source = tmp_path / "stock", write_hf_llama(tmp_path / "hf", mx.float32)
+    mlx_lm.convert(str(source), str(stock), quantize=True, q_mode=mode, q_group_size=group, q_bits=bits)
+    zo_mlx.convert(str(stock), str(tmp_path / "out"), density=0.02, **SMALL)
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (stock / "model.safetensors").read_bytes()
+
+    dense, tokenizer = mlx_lm.load(str(source))
+    quantized, _ = mlx_lm.load(str(stock))
+    weights = dense_weights(quantized)
+    embedding = quantized.model.embed_tokens
+    weights["model.embed_tokens"] = mx.dequantize(
+        embedding.weight, embedding.scales, embedding.get("biases"), group, bits, mode
+    )
+    dense.set_dtype(mx.float32)
+    dense.update(tree_unflatten([(f"{p}.weight", w.astype(mx.float32)) for p, w in weights.items()]))
+    text = (Path(zo_mlx.__file__).parents[1] / "convert" / "calibration.txt").read_text()
+    expected = dict(fisher_scores(dense, calibration_sequences(tokenizer, text, 2, 16, seed=0)))
+    index = read_index(tmp_path / "out")
+    for path, tensor in index.tensors.items():
+        assert np.allclose(tensor.scores, np.array(expected[path]).ravel()[tensor.indices], rtol=1e-3)
+        assert np.allclose(np.array(tensor.values), np.array(weights[path]).ravel()[tensor.indices])
+    assert index.metadata["base_model"] == fingerprint(stock)
+    zo_mlx.train(
+        model=str(tmp_path / "out"), data=str(choice_data), adapter_path=str(tmp_path / "a"), iters=2, batch_size=4,
+        progress=False,
+    )  # fmt: skip

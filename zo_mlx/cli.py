@@ -45,11 +45,11 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 def _add_convert(commands: Any) -> argparse.ArgumentParser:
     p = _command(commands, "convert", _convert, "Quantize a model and find its sensitive weights.")
-    p.add_argument("--hf-path", "--model", required=True, help="Hugging Face directory, hub id, or .gguf file.")
+    p.add_argument("--hf-path", "--model", required=True, help="Hugging Face or MLX directory, hub id, or .gguf file.")
     p.add_argument("--mlx-path", default="mlx_model", help="Directory to write; must not exist.")
     p.add_argument("-q", "--quantize", action="store_true", help="Accepted for mlx-lm's sake: always on here.")
-    p.add_argument("--q-bits", type=int, default=4, help="Bits per weight.")
-    p.add_argument("--q-group-size", type=int, default=64, help="Weights that share a scale.")
+    p.add_argument("--q-bits", type=int, help="Bits per weight (default: 4).")
+    p.add_argument("--q-group-size", type=int, help="Weights that share a scale (default: 64).")
     p.add_argument("--dtype", help="float16, bfloat16 or float32 for what stays unquantized; default: the source's.")
     p.add_argument("--density", type=float, default=1e-3, help="Fraction of the linear layers' weights to train.")
     p.add_argument("--scope", choices=get_args(Scope), default="global", help="One threshold, or one per tensor.")

@@ -17,14 +17,20 @@ def on_cpu() -> bool:
     return mx.default_device().type == mx.cpu
 
 
+def weight_shape(layer: nn.Module) -> tuple[int, ...]:
+    """The shape of a layer's weight as it would be without quantization: (out, in), or (experts, out, in)."""
+    *rows, width = layer.weight.shape
+    return (*rows, width * 32 // layer.bits if "scales" in layer else width)
+
+
 def dequantized(layer: nn.Module) -> mx.array:
     """The weight that a linear layer effectively multiplies by.
 
     Args:
-        layer: `nn.Linear` or `nn.QuantizedLinear` (or an embedding of the same two kinds).
+        layer: `nn.Linear` or `nn.QuantizedLinear` (or an embedding or a `SwitchLinear` of the same two kinds).
 
     Returns:
-        Array (out, in) float32.
+        Array of `weight_shape`, float32.
     """
     if "scales" not in layer:
         return layer.weight.astype(mx.float32)

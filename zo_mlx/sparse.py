@@ -8,6 +8,8 @@ which is exactly x @ W.T with W = Q except W[r, c] = v. Sensitive weights cluste
 branches of a step are stacked along the batch axis (P * B rows): Q is read once for all of them.
 """
 
+import math
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -16,7 +18,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from .errors import UsageError
 from .index import SensitiveIndex
-from .product import dequantized
+from .product import dequantized, weight_shape
 from .switch import SparseSwitchLinear
 
 SWITCH_LAYERS = (SwitchLinear, QuantizedSwitchLinear)
@@ -161,5 +163,5 @@ def _mismatch(module: nn.Module | None, last: int) -> str | None:
         return "no such layer"
     if not isinstance(module, (nn.Linear, nn.QuantizedLinear, *SWITCH_LAYERS)):
         return f"a {type(module).__name__}, not a linear layer"
-    size = module.weight.size * 32 // module.bits if "scales" in module else module.weight.size
+    size = math.prod(weight_shape(module))
     return f"position {last} outside its {size} weights" if last >= size else None
