@@ -34,6 +34,7 @@ class Selector:
         self._layers = np.empty(0, np.int32)  # with scope global: candidates in order of layer and position
         self._positions = np.empty(0, np.uint32)
         self._scores = np.empty(0, np.float32)
+        self._threshold = 0.0  # no score below it can be among the highest any more
 
     def add(self, path: str, scores: np.ndarray) -> None:
         """Take the scores of a layer's weights, float32 of any shape, into account."""
@@ -42,22 +43,26 @@ class Selector:
             best = _highest(flat, self._counts[path])
             self._chosen[path] = best.astype(np.uint32), flat[best]
             return
-        if len(self._scores) == self._total:
-            best = np.flatnonzero(flat >= self._scores.min())
-        else:
-            best = _highest(flat, self._total)
+        best = np.flatnonzero(flat >= self._threshold) if self._threshold else _highest(flat, self._total)
         number = self._paths.index(path)
         at = int(np.searchsorted(self._layers, number))
-        merged = np.insert(self._scores, at, flat[best])
-        keep = _highest(merged, self._total)
-        self._layers = np.insert(self._layers, at, np.full(len(best), number))[keep]
-        self._positions = np.insert(self._positions, at, best)[keep]
-        self._scores = merged[keep]
+        self._layers = np.insert(self._layers, at, np.full(len(best), number))
+        self._positions = np.insert(self._positions, at, best)
+        self._scores = np.insert(self._scores, at, flat[best])
+        if len(self._scores) > 2 * self._total:
+            self._prune()
+
+    def _prune(self) -> None:
+        keep = _highest(self._scores, self._total)
+        self._layers, self._positions, self._scores = self._layers[keep], self._positions[keep], self._scores[keep]
+        if len(keep) == self._total:
+            self._threshold = float(self._scores.min())
 
     def result(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """For each layer with chosen weights, their (n,) uint32 flat positions, increasing, and (n,) float32 scores."""
         if self._scope == "tensor":
             return {path: self._chosen[path] for path in self._paths}
+        self._prune()
         edges = np.searchsorted(self._layers, np.arange(len(self._paths) + 1))
         return {
             path: (self._positions[start:end], self._scores[start:end])

@@ -29,10 +29,12 @@ class Source:
         directory: where it is.
         hub_id: where it was fetched from, if it was.
         dtype: what it will be stored in, or None for what it is in.
+        files: what it was read from.
     """
 
     directory: Path
     hub_id: str | None
+    files: list[Path]
     dtype: str | None
     config: dict[str, Any]
     tokenizer: TokenizerWrapper
@@ -71,12 +73,17 @@ def open_source(hf_path: str, dtype: str | None, scratch: Path) -> Iterator[Sour
                 raise UsageError(f"{path} is a file, but not a .gguf file")
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".gguf.", dir=scratch)))
             write_hf_directory(path, directory, dtype)
-            hub_id = None
+            hub_id, files = None, [path]
         elif path.is_dir():
-            directory, hub_id = path, None
+            directory, hub_id, files = path, None, _files(path)
         else:
             directory, hub_id = _fetch(hf_path), hf_path
-        yield _open_directory(directory, hub_id, dtype)
+            files = _files(directory)
+        yield _open_directory(directory, hub_id, files, dtype)
+
+
+def _files(directory: Path) -> list[Path]:
+    return sorted(f for f in directory.iterdir() if f.suffix in (".json", ".safetensors", ".model") and f.is_file())
 
 
 def _fetch(hub_id: str) -> Path:
@@ -89,7 +96,7 @@ def _fetch(hub_id: str) -> Path:
         raise ZoError(f"no such model here, and {hub_id} cannot be fetched from the hub: {reason}") from None
 
 
-def _open_directory(directory: Path, hub_id: str | None, dtype: str | None) -> Source:
+def _open_directory(directory: Path, hub_id: str | None, files: list[Path], dtype: str | None) -> Source:
     config = read_json(directory / "config.json")
     if "quantization_config" in config and "quantization" not in config:
         raise UsageError(f"{directory} is quantized, but not by MLX; convert from the full-precision model instead")
@@ -100,9 +107,9 @@ def _open_directory(directory: Path, hub_id: str | None, dtype: str | None) -> S
     if "quantization" in config:
         if dtype:
             raise UsageError(f"{directory} is already quantized: --dtype does not apply")
-        return Source(directory, hub_id, None, config, tokenizer)
+        return Source(directory, hub_id, files, None, config, tokenizer)
     dtype = dtype or config.get("torch_dtype") or (text_config.get("dtype") if isinstance(text_config, dict) else None)
-    return Source(directory, hub_id, dtype, config, tokenizer)
+    return Source(directory, hub_id, files, dtype, config, tokenizer)
 
 
 def _set_dtype(model: nn.Module, dtype: mx.Dtype) -> None:

@@ -16,6 +16,8 @@ from mlx_lm.utils import create_model_card, get_total_parameters, make_shards, s
 
 from ..index import FILE_NAME as INDEX
 
+REPORT = "convert.json"
+
 _DTYPES = {
     mx.bool_: "BOOL", mx.uint8: "U8", mx.int8: "I8", mx.uint16: "U16", mx.int16: "I16", mx.uint32: "U32",
     mx.int32: "I32", mx.uint64: "U64", mx.int64: "I64", mx.float16: "F16", mx.bfloat16: "BF16", mx.float32: "F32",
@@ -71,7 +73,7 @@ def write_model(
 def copy_model(out: Path, source: Path) -> None:
     """Copy a model directory's weights, configuration and tokenizer; not its code, index or folders."""
     for file in source.iterdir():
-        if file.is_file() and file.suffix != ".py" and file.name != INDEX:
+        if file.is_file() and file.suffix != ".py" and file.name not in (INDEX, REPORT):
             shutil.copyfile(file, out / file.name)
 
 

@@ -61,6 +61,8 @@ def test_the_same_output_whatever_the_memory_limit(tiny_hf: Path, tmp_path: Path
     for name, limit in (("a", None), ("b", 0.001)):
         zo_mlx.convert(str(tiny_hf), str(tmp_path / name), memory_limit=limit, **SMALL)  # type: ignore[arg-type]
     for file in (tmp_path / "a").iterdir():
+        if file.name == "convert.json":  # which has times in it
+            continue
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
 
 

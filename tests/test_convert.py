@@ -1,3 +1,4 @@
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -135,6 +136,23 @@ def test_the_index_holds_the_weights_with_the_highest_scores(scope: str, tiny_hf
     assert index.metadata["coverage"] == done.coverage
     assert index.metadata["scope"] == scope
     assert index.metadata["base_model"] == fingerprint(out)
+
+
+def test_the_report_says_what_was_done(tiny_hf: Path, tmp_path: Path) -> None:
+    done = zo_mlx.convert(str(tiny_hf), str(tmp_path / "out"), density=0.02, memory_limit=2, **SMALL)
+    report = json.loads((tmp_path / "out/convert.json").read_text())
+    index = read_index(tmp_path / "out")
+    weights = hashlib.sha256((tiny_hf / "model.safetensors").read_bytes()).hexdigest()
+    assert report["files"]["model.safetensors"] == weights
+    assert (report["source"], report["density"], report["memory_limit"]) == (str(tiny_hf), 0.02, 2)
+    assert report["base_model"] == index.metadata["base_model"]
+    assert set(report["phases"]) == {"forward", "backward", "select", "quantize", "write"}
+    assert sum(report["phases"].values()) <= done.seconds
+    layers = report["layers"]
+    assert {p: n for p, layer in layers.items() if (n := layer["trainable"])} == {
+        p: t.size for p, t in index.tensors.items()
+    }
+    assert all(0 <= layer["coverage"] <= 1 for layer in layers.values())
 
 
 def test_stock_mlx_lm_loads_and_generates(tiny: Path) -> None:

@@ -2,17 +2,15 @@
 
 import contextlib
 import warnings
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
-
-import mlx.core as mx
 
 from . import adapter, journal
 from .config import CHANGEABLE, TrainConfig
 from .errors import UsageError
 from .files import reporting_disk_errors
+from .memory import bounded_cache
 from .run import Report, Run, TrainResult
 
 # MLX keeps freed buffers for reuse; batches of many lengths would otherwise make it keep several generations of them.
@@ -49,7 +47,7 @@ def train(
     if resume and overwrite:
         raise UsageError("--resume and --overwrite exclude each other")
     directory = Path(given.adapter_path)
-    with contextlib.ExitStack() as held, _bounded_cache():
+    with contextlib.ExitStack() as held, bounded_cache(CACHE_BYTES):
         if resume:
             if not adapter.has_run(directory):
                 raise UsageError(f"{directory} holds no training run to resume")
@@ -94,13 +92,3 @@ def _resumed_config(recorded: dict[str, Any], given: dict[str, Any]) -> TrainCon
 def _print_warning(event: dict[str, Any]) -> None:
     if event["event"] == "warning":
         warnings.warn(event["message"], stacklevel=2)
-
-
-@contextlib.contextmanager
-def _bounded_cache() -> Iterator[None]:
-    """Bound MLX's cache of freed buffers for the duration of a run."""
-    before = mx.set_cache_limit(CACHE_BYTES)
-    try:
-        yield
-    finally:
-        mx.set_cache_limit(before)

@@ -1,0 +1,141 @@
+"""Score a source's weights, rank them, and look the chosen ones up."""
+
+import math
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..errors import UsageError
+from ..index import SensitiveTensor
+from ..product import dequantized, weight_shape
+from ..progress import Progress
+from .blocks import BlockwiseModel
+from .blockwise import blockwise_fisher_scores
+from .select import Scope, Selector
+from .sensitivity import check_finite, fisher_scores, scored_layers
+from .sources import Source
+
+
+class Stopwatch:
+    """Seconds spent in each phase of the work: `lap` books the time since the last lap."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """The phase that has just ended."""
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now
+
+
+@dataclass
+class Ranking:
+    """The chosen weights and what they were chosen from.
+
+    Attributes:
+        chosen: for each layer with chosen weights, their flat positions and scores.
+        sizes: for each layer, how many weights it has.
+        masses: for each layer, the sum of its scores.
+    """
+
+    chosen: dict[str, tuple[np.ndarray, np.ndarray]]
+    sizes: dict[str, int]
+    masses: dict[str, float]
+
+    @property
+    def candidates(self) -> int:
+        """The number of weights that were ranked."""
+        return sum(self.sizes.values())
+
+    @property
+    def coverage(self) -> float:
+        """The chosen weights' share of the sum of all scores."""
+        covered = sum(float(scores.sum(dtype=np.float64)) for _, scores in self.chosen.values())
+        return covered / (sum(self.masses.values()) or 1.0)
+
+    def layers(self) -> dict[str, dict[str, float]]:
+        """For each layer, its weights, how many are chosen, and the share of the layer's scores that they hold."""
+        none = np.empty(0, np.uint32), np.empty(0, np.float32)
+        found = {}
+        for path, size in self.sizes.items():
+            indices, scores = self.chosen.get(path, none)
+            share = float(scores.sum(dtype=np.float64)) / (self.masses[path] or 1.0)
+            found[path] = {"weights": size, "trainable": len(indices), "coverage": share}
+        return found
+
+
+def rank(
+    source: Source,
+    sequences: np.ndarray,
+    density: float,
+    scope: Scope,
+    memory_limit: int | None,
+    scratch: Path,
+    watch: Stopwatch,
+    progress: bool,
+) -> Ranking:
+    """Score the weights of all linear layers and rank them; block by block where the model allows it."""
+    model = source.open_model()
+    modules = dict(model.named_modules())
+    sizes = {path: math.prod(weight_shape(modules[path])) for path in scored_layers(model)}
+    selector, masses = Selector(sizes, density, scope), {}
+    blocks = len(model.layers)
+    with BlockwiseModel(model) as blockwise:
+        chain = blockwise.is_chain()
+    del model, modules
+    if not chain and source.quantized:
+        raise UsageError(
+            f"the blocks of {source.config['model_type']} are not a plain chain, each fed by the one before; such a "
+            "model cannot be converted once it is quantized: use the full-precision one"
+        )
+    if not chain:
+        print(
+            f"Warning: the blocks of {source.config['model_type']} are not a plain chain, each fed by the one before: "
+            "the whole model and all its gradients are held in memory",
+            file=sys.stderr,
+        )
+    rounds = len(sequences) * (2 * blocks if chain else 1)
+    with (
+        tempfile.TemporaryDirectory(prefix=".inputs.", dir=scratch) as inputs,
+        Progress("Scoring weights", rounds, "block" if chain else "sequence", progress) as bar,
+    ):
+
+        def advance(phase: str) -> None:
+            watch.lap(phase)
+            bar.advance()
+
+        scores = (
+            blockwise_fisher_scores(source.open_model, sequences, Path(inputs), memory_limit, advance)
+            if chain
+            else fisher_scores(source.open_model(), sequences, advance)
+        )
+        for path, layer_scores in scores:
+            watch.lap("backward")
+            check_finite(path, layer_scores)
+            selector.add(path, np.array(layer_scores, copy=False))
+            masses[path] = float(layer_scores.sum())
+            watch.lap("select")
+    return Ranking(selector.result(), sizes, masses)
+
+
+def gather(model: nn.Module, chosen: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, SensitiveTensor]:
+    """Look the chosen weights up, reading one layer at a time."""
+    modules = dict(model.named_modules())
+    tensors = {}
+    for path, (indices, scores) in chosen.items():
+        module = modules[path]
+        weight = dequantized(module) if "scales" in module else module.weight
+        values = weight.reshape(-1)[mx.array(indices)]
+        mx.eval(values)
+        module.pop("weight")
+        del weight
+        tensors[path] = SensitiveTensor(indices, values, scores)
+    return tensors
