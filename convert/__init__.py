@@ -67,6 +67,7 @@ def convert(
     sequence_length: int = 256,
     seed: int = 0,
     memory_limit: float | None = None,
+    revision: str | None = None,
     progress: bool = True,
 ) -> Conversion:
     """Write a quantized MLX model that stock mlx-lm loads, plus `sensitive.safetensors`, and `convert.json`, a report.
@@ -88,6 +89,7 @@ def convert(
         seed: decides which parts of the text are taken.
         memory_limit: GB to aim at, for machines on which a transformer block with its scores does not fit. The result
             is the same.
+        revision: of a hub id: a branch, tag or commit; by default its main branch.
         progress: report progress on standard error.
 
     Raises:
@@ -115,7 +117,11 @@ def convert(
         raise UsageError(f"calibration text {text_path} cannot be read: {e}") from None
 
     out = Path(mlx_path)
-    with new_directory(out) as beside, open_source(hf_path, dtype, beside) as source, bounded_cache(CACHE_BYTES):
+    with (
+        new_directory(out) as beside,
+        open_source(hf_path, dtype, beside, revision) as source,
+        bounded_cache(CACHE_BYTES),
+    ):
         if source.quantized and (q_bits or q_group_size):
             raise UsageError(f"{hf_path} is already quantized: --q-bits and --q-group-size do not apply")
         sequences = calibration_sequences(source.tokenizer, text, num_samples, sequence_length, seed)
@@ -158,6 +164,7 @@ def convert(
         )
         report = {
             "source": source.hub_id or hf_path,
+            "revision": revision,
             "files": {file.name: sha256(file) for file in source.files},
             **index.metadata,
             "q_bits": q_bits,

@@ -53,13 +53,14 @@ class Source:
 
 
 @contextlib.contextmanager
-def open_source(hf_path: str, dtype: str | None, scratch: Path) -> Iterator[Source]:
+def open_source(hf_path: str, dtype: str | None, scratch: Path, revision: str | None = None) -> Iterator[Source]:
     """Open a model for conversion.
 
     Args:
         hf_path: a directory, a hub id (`name/model`), or a `.gguf` file.
         dtype: float16, bfloat16 or float32 for the tensors that stay unquantized; by default the source's.
         scratch: where temporary files may be put.
+        revision: of a hub id: a branch, tag or commit.
 
     Raises:
         UsageError: no such model, not a model, unsupported architecture, damaged files.
@@ -77,7 +78,7 @@ def open_source(hf_path: str, dtype: str | None, scratch: Path) -> Iterator[Sour
         elif path.is_dir():
             directory, hub_id, files = path, None, _files(path)
         else:
-            directory, hub_id = _fetch(hf_path), hf_path
+            directory, hub_id = _fetch(hf_path, revision), hf_path
             files = _files(directory)
         yield _open_directory(directory, hub_id, files, dtype)
 
@@ -86,11 +87,11 @@ def _files(directory: Path) -> list[Path]:
     return sorted(f for f in directory.iterdir() if f.suffix in (".json", ".safetensors", ".model") and f.is_file())
 
 
-def _fetch(hub_id: str) -> Path:
+def _fetch(hub_id: str, revision: str | None) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id):
         raise UsageError(f"no such model: {hub_id} is neither a file, nor a directory, nor a hub id like name/model")
     try:
-        return _download(hub_id)
+        return _download(hub_id, revision=revision)
     except Exception as e:  # the hub client raises a dozen kinds, from several libraries
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise ZoError(f"no such model here, and {hub_id} cannot be fetched from the hub: {reason}") from None

@@ -67,7 +67,10 @@ def write_model(
     tokenizer.save_pretrained(out)
     if (generation := source / "generation_config.json").exists():
         shutil.copy(generation, out)
-    create_model_card(out, hub_id)
+    try:
+        create_model_card(out, hub_id)
+    except Exception:  # the hub's own card is not to be had: no network any more, or there is none
+        create_model_card(out, None)
 
 
 def copy_model(out: Path, source: Path) -> None:

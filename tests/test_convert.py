@@ -138,6 +138,21 @@ def test_the_index_holds_the_weights_with_the_highest_scores(scope: str, tiny_hf
     assert index.metadata["base_model"] == fingerprint(out)
 
 
+def test_a_hub_id_is_fetched_at_its_revision(tiny_hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def download(hub_id: str, revision: str | None) -> Path:
+        asked.append((hub_id, revision))
+        return tiny_hf
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("zo_mlx.convert.sources._download", download)
+    zo_mlx.convert("someone/tiny", str(tmp_path / "out"), revision="v2", **SMALL)
+    assert asked == [("someone/tiny", "v2")]
+    report = json.loads((tmp_path / "out/convert.json").read_text())
+    assert (report["source"], report["revision"]) == ("someone/tiny", "v2")
+
+
 def test_the_report_says_what_was_done(tiny_hf: Path, tmp_path: Path) -> None:
     done = zo_mlx.convert(str(tiny_hf), str(tmp_path / "out"), density=0.02, memory_limit=2, **SMALL)
     report = json.loads((tmp_path / "out/convert.json").read_text())

@@ -57,6 +57,7 @@ def _add_convert(commands: Any) -> argparse.ArgumentParser:
     p.add_argument("--num-samples", type=int, default=16, help="Calibration sequences.")
     p.add_argument("--sequence-length", type=int, default=256, help="Tokens in each.")
     p.add_argument("--seed", type=int, default=0, help="Decides which parts of the text are taken.")
+    p.add_argument("--revision", help="Branch, tag or commit of a hub id.")
     p.add_argument("--memory-limit", type=float, metavar="GB", help="Memory to aim at; default: one block's need.")
     return p
 
@@ -117,7 +118,7 @@ def _add_model(p: argparse.ArgumentParser) -> None:
 
 def _convert(args: argparse.Namespace) -> None:
     names = "hf_path mlx_path q_bits q_group_size dtype density scope calibration_data num_samples sequence_length seed"
-    names += " memory_limit"
+    names += " memory_limit revision"
     done = convert_model(**{name: getattr(args, name) for name in names.split()})
     if args.json:
         print(json.dumps(dataclasses.asdict(done)))

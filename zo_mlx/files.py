@@ -32,9 +32,19 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_safetensors_metadata(path: Path) -> dict[str, str]:
     """Check a safetensors file's header against its size and return its metadata. Raises UsageError."""
+    with _open_safetensors(path) as f:
+        return f.metadata() or {}
+
+
+def count_tensors(path: Path) -> int:
+    """The number of tensors in a safetensors file; its header is checked as well. Raises UsageError."""
+    with _open_safetensors(path) as f:
+        return len(f.keys())
+
+
+def _open_safetensors(path: Path) -> Any:
     try:
-        with safe_open(path, framework="numpy") as f:
-            return f.metadata() or {}
+        return safe_open(path, framework="numpy")
     except FileNotFoundError:
         raise UsageError(f"{path} is missing") from None
     except (SafetensorError, OSError) as e:

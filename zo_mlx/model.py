@@ -10,7 +10,7 @@ from mlx_lm.utils import load_model, load_tokenizer
 
 from .adapter import read_snapshot
 from .errors import UsageError
-from .files import read_json, read_safetensors_metadata, sha256
+from .files import count_tensors, read_json, sha256
 from .index import FILE_NAME as INDEX
 from .index import SensitiveIndex, read_index
 from .product import prepare
@@ -36,8 +36,10 @@ def load_stock_model(directory: Path, lazy: bool = False) -> tuple[nn.Module, di
     weights = weight_files(directory)
     if not weights:
         raise UsageError(f"{directory} is not a model directory: it has no model*.safetensors")
-    for file in weights:
-        read_safetensors_metadata(file)
+    tensors = sum(count_tensors(file) for file in weights)
+    for key in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
+        if isinstance(layers := config.get(key), int) and layers > tensors:  # mlx-lm would build them all first
+            raise UsageError(f"{directory} cannot be loaded: config.json has {key} = {layers} for {tensors} tensors")
     try:
         return load_model(directory, lazy=lazy)
     except Exception as e:  # whatever an architecture raises on a config or tensors it does not expect
