@@ -12,6 +12,7 @@ from conftest import dense_weights, write_hf_llama
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models import llama
 from test_files import run_on_full_disk
+from zo_mlx.convert import sources
 from zo_mlx.convert.sensitivity import calibration_sequences, fisher_scores, scored_layers
 
 import zo_mlx
@@ -146,7 +147,7 @@ def test_a_hub_id_is_fetched_at_its_revision(tiny_hf: Path, tmp_path: Path, monk
         return tiny_hf
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("zo_mlx.convert.sources._download", download)
+    monkeypatch.setattr(sources, "_download", download)
     zo_mlx.convert("someone/tiny", str(tmp_path / "out"), revision="v2", **SMALL)
     assert asked == [("someone/tiny", "v2")]
     report = json.loads((tmp_path / "out/convert.json").read_text())
