@@ -117,12 +117,16 @@ def rank(
             if chain
             else fisher_scores(source.open_model(), sequences, advance)
         )
-        for path, layer_scores in scores:
-            watch.lap("backward")
-            check_finite(path, layer_scores)
-            selector.add(path, np.array(layer_scores, copy=False))
-            masses[path] = float(layer_scores.sum())
-            watch.lap("select")
+        try:
+            for path, layer_scores in scores:
+                watch.lap("backward")
+                check_finite(path, layer_scores)
+                selector.add(path, np.array(layer_scores, copy=False))
+                masses[path] = float(layer_scores.sum())
+                watch.lap("select")
+        except (TypeError, ValueError, LookupError, AttributeError) as e:  # of a config that loads but does not compute
+            problem = " ".join(str(e).split())[:200]
+            raise UsageError(f"the model cannot be computed: {type(e).__name__}: {problem}") from e
     return Ranking(selector.result(), sizes, masses)
 
 

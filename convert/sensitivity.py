@@ -41,7 +41,11 @@ def calibration_sequences(
         UsageError: the text has fewer than N * T tokens.
     """
     # Not verbose: a text longer than the model's context is no mistake here.
-    tokens = np.array(tokenizer.encode(text, add_special_tokens=False, verbose=False), dtype=np.int32)
+    try:
+        encoded = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    except Exception as e:  # a tokenizer that loads may still have settings of the wrong type
+        raise UsageError(f"the tokenizer fails: {type(e).__name__}: {e}") from None
+    tokens = np.array(encoded, dtype=np.int32)
     windows = tokens[: len(tokens) // sequence_length * sequence_length].reshape(-1, sequence_length)
     if len(windows) < num_samples:
         raise UsageError(

@@ -235,6 +235,8 @@ def _config(**changes: object) -> object:
         (_config(hidden_size=None), "cannot be loaded"),
         (_config(hidden_size="wide"), "cannot be loaded"),
         (_config(model_file="evil.py"), "needs custom code"),
+        (_config(rope_theta="wide"), "the model cannot be computed: TypeError"),
+        (_config(num_hidden_layers=10**9), "num_hidden_layers = 1000000000 for"),
         (_config(quantization={"bits": 4}), "cannot be loaded"),
         (_config(quantization_config={"quant_method": "gptq"}), "is quantized, but not by MLX"),
     ],
