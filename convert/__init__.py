@@ -76,7 +76,7 @@ def convert(
     model that MLX has already quantized they are copied, and the values are those of its quantized weights.
 
     Args:
-        hf_path: a Hugging Face directory, a hub id, or a `.gguf` file.
+        hf_path: a Hugging Face directory, one that MLX has quantized, a hub id, or a `.gguf` file.
         mlx_path: the directory to write; must not exist.
         q_bits: bits per weight, by default mlx-lm's (4).
         q_group_size: weights that share a scale, by default mlx-lm's (64).
@@ -101,8 +101,10 @@ def convert(
     check_range("--num-samples", num_samples, 1)
     check_range("--sequence-length", sequence_length, 2)
     check_range("--seed", seed, 0)
-    check_range("--memory-limit", memory_limit or 1, 1e-3)
-    limit = None if memory_limit is None else int(memory_limit * 1e9)
+    limit = None
+    if memory_limit is not None:
+        check_range("--memory-limit", memory_limit, 1e-3)
+        limit = int(memory_limit * 1e9)
     if (q_group_size is not None and not 0 < q_group_size <= 1024) or (q_bits is not None and not 0 < q_bits <= 16):
         raise UsageError(f"--q-bits {q_bits} with --q-group-size {q_group_size} is out of range")
     if q_bits is not None or q_group_size is not None:

@@ -155,6 +155,7 @@ class BlockInputs:
                 mx.save_safetensors(str(self._file(block, sequence)), {"x": x})
 
     def get(self, block: int, sequence: int) -> mx.array:
+        """An input that was put and not dropped yet."""
         if (held := self._held.get((block, sequence))) is not None:
             return held
         return mx.load(str(self._file(block, sequence)))["x"]  # type: ignore[index, call-overload, return-value]

@@ -56,7 +56,7 @@ def build_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
     except UsageError:
         raise
     except Exception as e:  # tokenizers raises bare Exception
-        raise UsageError(f"{file.path}: the tokenizer cannot be rebuilt: {' '.join(str(e).split())}") from None
+        raise UsageError(f"{file.path}: the tokenizer cannot be rebuilt: {e}") from None
     _check(file, tokenizer, tokens)
 
     special = {}

@@ -125,8 +125,7 @@ def rank(
                 masses[path] = float(layer_scores.sum())
                 watch.lap("select")
         except (TypeError, ValueError, LookupError, AttributeError) as e:  # of a config that loads but does not compute
-            problem = " ".join(str(e).split())[:200]
-            raise UsageError(f"the model cannot be computed: {type(e).__name__}: {problem}") from e
+            raise UsageError(f"the model cannot be computed: {type(e).__name__}: {str(e)[:200]}") from e
     return Ranking(selector.result(), sizes, masses)
 
 

@@ -8,6 +8,8 @@ from ..errors import UsageError
 
 Scope = Literal["global", "tensor"]
 
+_POSITIONS = 2**32
+
 
 class Selector:
     """Keeps the highest scores of those seen so far; exact, whatever the order in which the layers come.
@@ -18,7 +20,7 @@ class Selector:
         scope: `global` ranks all layers' weights together; `tensor` takes the same fraction of each layer.
 
     Raises:
-        UsageError: density or scope out of range.
+        UsageError: density or scope out of range; a layer with more weights than 32 bits can number.
     """
 
     def __init__(self, sizes: dict[str, int], density: float, scope: Scope):
@@ -26,6 +28,8 @@ class Selector:
             raise UsageError(f"--density must be above 0 and at most 1, not {density}")
         if scope not in get_args(Scope):
             raise UsageError(f"--scope must be one of {', '.join(get_args(Scope))}, not {scope}")
+        if too_large := [path for path, size in sizes.items() if size > _POSITIONS]:
+            raise UsageError(f"{too_large[0]} has {sizes[too_large[0]]} weights, more than the index can number (2^32)")
         self._paths = list(sizes)
         self._scope = scope
         self._counts = {path: max(1, round(density * size)) for path, size in sizes.items()}

@@ -11,13 +11,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import UsageError
-from ..product import on_cpu
-
-SCORED = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
+from ..product import LINEAR_LAYERS, prepare
 
 DEFAULT_TEXT = Path(__file__).with_name("calibration.txt")
 
@@ -58,7 +55,7 @@ def calibration_sequences(
 def scored_layers(model: nn.Module) -> list[str]:
     """Paths of the linear layers whose weights can be sensitive: all in the transformer blocks, experts included."""
     blocks = {id(m) for block in model.layers for m in block.modules()}
-    return sorted(p for p, m in model.named_modules() if isinstance(m, SCORED) and id(m) in blocks)
+    return sorted(p for p, m in model.named_modules() if isinstance(m, LINEAR_LAYERS) and id(m) in blocks)
 
 
 def sequence_loss(logits: mx.array, tokens: mx.array) -> mx.array:
@@ -79,11 +76,10 @@ def fisher_scores(
         advance: called with `backward` after each sequence.
 
     Yields:
-        For each path of `scored_layers`, the path and (out, in) float32 scores.
+        For each path of `scored_layers`, the path and float32 scores, of the weight's shape.
     """
     paths = scored_layers(model)
-    if on_cpu():
-        model.set_dtype(mx.float32)
+    prepare(model)
     modules = dict(model.named_modules())
     weights = {p: modules[p].weight for p in paths}
 

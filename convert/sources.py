@@ -1,4 +1,4 @@
-"""Where a model to convert comes from: a Hugging Face directory, a hub id, or a GGUF file."""
+"""Where a model to convert comes from: a Hugging Face or MLX directory, a hub id, or a GGUF file."""
 
 import contextlib
 import re

@@ -9,6 +9,12 @@ from zo_mlx import files
 from zo_mlx.errors import UsageError, ZoError
 
 
+def test_errors_are_one_line() -> None:
+    assert str(UsageError("file.yaml: expected a mapping\n   at line 3,  'a  b'\n")) == (
+        "file.yaml: expected a mapping at line 3,  'a  b'"
+    )
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     files.write_atomically(path, lambda p: mx.save_safetensors(str(p), {"a": mx.ones(3)}))

@@ -62,6 +62,12 @@ def test_arguments_out_of_range_are_refused(density: float, scope: Scope) -> Non
         select(SCORES, density, scope)
 
 
+def test_layers_with_more_weights_than_the_index_can_number_are_refused() -> None:
+    Selector({"experts": 2**32}, 1e-3, "global")
+    with pytest.raises(UsageError, match="experts has 4294967297 weights"):
+        Selector({"experts": 2**32 + 1}, 1e-3, "global")
+
+
 def test_nothing_is_lost_however_the_layers_come() -> None:
     """Against sorting all scores at once, with many equal ones."""
     rng = np.random.default_rng(1)

@@ -117,8 +117,10 @@ def _add_model(p: argparse.ArgumentParser) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    names = "hf_path mlx_path q_bits q_group_size dtype density scope calibration_data num_samples sequence_length seed"
-    names += " memory_limit revision"
+    names = (
+        "hf_path mlx_path q_bits q_group_size dtype density scope calibration_data num_samples sequence_length seed "
+        "memory_limit revision"
+    )
     done = convert_model(**{name: getattr(args, name) for name in names.split()})
     if args.json:
         print(json.dumps(dataclasses.asdict(done)))
@@ -214,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except (OSError, RuntimeError, MemoryError) as e:
-        return _fail(" ".join(str(e).split()) or type(e).__name__, ZoError.exit_code)
+        return _fail(str(ZoError(str(e))) or type(e).__name__, ZoError.exit_code)
     return 0
 
 

@@ -149,7 +149,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UsageError(f"no such config file: {path}") from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:
-        raise UsageError(f"{path} is not readable YAML: {' '.join(str(e).split())}") from None
+        raise UsageError(f"{path} is not readable YAML: {e}") from None
     if not isinstance(content, dict):
         raise UsageError(f"{path} must hold a mapping of settings, not {type(content).__name__}")
     known = {f.name for f in dataclasses.fields(TrainConfig)}

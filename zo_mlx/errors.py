@@ -2,9 +2,16 @@
 
 
 class ZoError(Exception):
-    """Something failed while running; the command line exits with 1."""
+    """Something failed while running; the command line exits with 1.
+
+    Args:
+        message: line breaks in it, as libraries like them, are taken out.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(line.strip() for line in message.splitlines()))
 
 
 class UsageError(ZoError):

@@ -43,8 +43,7 @@ def load_stock_model(directory: Path, lazy: bool = False) -> tuple[nn.Module, di
     try:
         return load_model(directory, lazy=lazy)
     except Exception as e:  # whatever an architecture raises on a config or tensors it does not expect
-        problem = " ".join(str(e).split())[:300]
-        raise UsageError(f"{directory} cannot be loaded: {problem or type(e).__name__}") from None
+        raise UsageError(f"{directory} cannot be loaded: {str(e)[:300] or type(e).__name__}") from None
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -57,7 +56,7 @@ def load_tokenizer_of(directory: Path, config: dict[str, Any]) -> TokenizerWrapp
     try:
         return load_tokenizer(directory, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id"))
     except Exception as e:  # transformers and tokenizers raise many kinds
-        raise UsageError(f"{directory}: the tokenizer cannot be loaded: {' '.join(str(e).split())[:300]}") from None
+        raise UsageError(f"{directory}: the tokenizer cannot be loaded: {str(e)[:300]}") from None
 
 
 def fingerprint(directory: Path) -> str:

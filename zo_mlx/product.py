@@ -6,6 +6,10 @@ and multiplying in float32, except for a row or two, and 16-bit products are slo
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+SWITCH_LAYERS = (SwitchLinear, QuantizedSwitchLinear)
+LINEAR_LAYERS = (nn.Linear, nn.QuantizedLinear, *SWITCH_LAYERS)
 
 # Measured on x86-64 with 2 cores and OpenBLAS, 576 x 576 to 4096 x 4096: quantized_matmul takes 0.3 to 0.9 times the
 # time of dequantizing and multiplying for 1 row, and 1.3 times and more from 4 rows.

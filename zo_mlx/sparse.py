@@ -14,14 +14,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from .errors import UsageError
 from .index import SensitiveIndex
-from .product import dequantized, weight_shape
+from .product import LINEAR_LAYERS, SWITCH_LAYERS, dequantized, weight_shape
 from .switch import SparseSwitchLinear
-
-SWITCH_LAYERS = (SwitchLinear, QuantizedSwitchLinear)
 
 
 class SparseLinear(nn.Module):
@@ -161,7 +158,7 @@ class SparseModel:
 def _mismatch(module: nn.Module | None, last: int) -> str | None:
     if module is None:
         return "no such layer"
-    if not isinstance(module, (nn.Linear, nn.QuantizedLinear, *SWITCH_LAYERS)):
+    if not isinstance(module, LINEAR_LAYERS):
         return f"a {type(module).__name__}, not a linear layer"
     size = math.prod(weight_shape(module))
     return f"position {last} outside its {size} weights" if last >= size else None
