@@ -5,7 +5,8 @@
 
 `compare` times the block-by-block scores of a model against the ones with all gradients in memory, in alternation in
 one process. A shape converts a model of that shape with random bfloat16 weights, made first, in a process of its own:
-its peak resident memory is given in all, and above that of an interpreter that has imported zo_mlx.
+its peak resident memory (read from Linux's /proc) is given in all, and above that of an interpreter that has imported
+zo_mlx.
 """
 
 import zo_mlx  # isort: skip  # noqa: F401  (first, so that MLX gets a fast BLAS)
