@@ -1,8 +1,5 @@
 import json
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +7,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import write_jsonl
-from test_files import run_on_full_disk
 
 import zo_mlx
 from zo_mlx import adapter, estimator
-from zo_mlx.errors import Interrupted, UsageError, ZoError
-from zo_mlx.files import load_safetensors
+from zo_mlx.errors import UsageError, ZoError
 from zo_mlx.index import FILE_NAME, read_index
 from zo_mlx.journal import Journal
 from zo_mlx.model import load_sparse
@@ -55,102 +50,6 @@ def test_the_journal_alone_gives_the_values(tiny: Path, choice_data: Path, tmp_p
     assert np.abs(values - _values(tmp_path / "a")).max() < 1e-6
 
 
-@pytest.mark.parametrize(
-    "keep", ["everything", "journal", "old optimizer", "damaged optimizer", "values of another run"]
-)
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_resuming_is_bit_identical(optimizer: str, keep: str, tiny: Path, choice_data: Path, tmp_path: Path) -> None:
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    settings = {"optimizer": optimizer, "learning_rate": 1e-3}
-    _train(tiny, choice_data, whole, **settings)
-    _train(tiny, choice_data, parts, **settings, iters=2)
-    old = (parts / adapter.OPTIMIZER).read_bytes()
-    _train(tiny, choice_data, parts, resume=True, iters=5)
-    if keep == "journal":
-        adapter.remove_run(parts)
-    elif keep == "old optimizer":
-        (parts / adapter.OPTIMIZER).write_bytes(old)
-    elif keep == "damaged optimizer":
-        arrays, metadata = load_safetensors(parts / adapter.OPTIMIZER)
-        mx.save_safetensors(str(parts / adapter.OPTIMIZER), {"step": arrays["step"]}, metadata)
-    elif keep == "values of another run":
-        _train(tiny, choice_data, tmp_path / "other", **settings, iters=5, seed=1)
-        for name in (adapter.VALUES, adapter.OPTIMIZER):
-            shutil.copy(tmp_path / "other" / name, parts)
-    _train(tiny, choice_data, parts, resume=True, iters=6)
-    assert (_values(parts) == _values(whole)).all()
-    old_records, new_records = (Journal.read(d / "journal").records for d in (whole, parts))
-    assert [(r.step, r.loss, r.projected.tolist()) for r in old_records] == [
-        (r.step, r.loss, r.projected.tolist()) for r in new_records
-    ]
-
-
-def test_a_run_is_not_overwritten_unasked(tiny: Path, choice_data: Path, tmp_path: Path) -> None:
-    out = tmp_path / "a"
-    _train(tiny, choice_data, out)
-    before = (out / "journal").read_bytes()
-    with pytest.raises(UsageError, match="already holds a run; give --resume .* or --overwrite"):
-        _train(tiny, choice_data, out, seed=1)
-    assert (out / "journal").read_bytes() == before
-    with pytest.raises(UsageError, match="no such data file"):  # found before anything is removed
-        _train(tiny, tmp_path / "nowhere", out, overwrite=True)
-    assert (out / "journal").read_bytes() == before
-    _train(tiny, choice_data, out, seed=1, overwrite=True)
-    assert (out / "journal").read_bytes() != before
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / adapter.OPTIMIZER).write_text("another program's")
-    with pytest.raises(UsageError, match="already holds a run"):
-        _train(tiny, choice_data, tmp_path / "b")
-
-
-def test_a_directory_in_use_is_refused(tiny: Path, choice_data: Path, tmp_path: Path) -> None:
-    _train(tiny, choice_data, tmp_path / "a")
-    before = (tmp_path / "a/journal").read_bytes()
-    with adapter.locked(tmp_path / "a"):
-        for how in ("resume", "overwrite"):
-            with pytest.raises(UsageError, match="is in use: another process is training there"):
-                _train(tiny, choice_data, tmp_path / "a", iters=9, **{how: True})
-    assert (tmp_path / "a/journal").read_bytes() == before
-    assert _train(tiny, choice_data, tmp_path / "a", iters=9, resume=True).iterations == 9
-
-
-def test_resuming_with_other_settings_or_files_is_refused(tiny: Path, choice_data: Path, tmp_path: Path) -> None:
-    out = tmp_path / "a"
-    _train(tiny, choice_data, out)
-    with pytest.raises(UsageError, match=r"keeps its settings: learning_rate was"):
-        _train(tiny, choice_data, out, resume=True, learning_rate=0.5)
-    data = tmp_path / "data"
-    shutil.copytree(choice_data, data)
-    lines = (data / "train.jsonl").read_text().splitlines(keepends=True)
-    (data / "train.jsonl").write_text("".join(reversed(lines)))
-    with pytest.raises(UsageError, match=r"tokenized training set and train\.jsonl changed since it began"):
-        _train(tiny, data, out, resume=True)
-    with pytest.raises(UsageError, match="belongs to another run: tokenized training set changed"):
-        _train(_with_other_tokenizer(tiny, tmp_path / "m"), choice_data, out, resume=True)
-    with pytest.raises(UsageError, match="holds no training run"):
-        _train(tiny, choice_data, tmp_path / "none", resume=True)
-
-
-def _with_other_tokenizer(model: Path, copy: Path) -> Path:
-    shutil.copytree(model, copy)
-    content = json.loads((copy / "tokenizer.json").read_text())
-    vocabulary = content["model"]["vocab"]
-    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
-    (copy / "tokenizer.json").write_text(json.dumps(content))
-    return copy
-
-
-def test_settings_may_be_given_again_when_resuming(tiny: Path, choice_data: Path, tmp_path: Path) -> None:
-    """Also those that depend on others: directions are fitted to the recorded batch size, not to the default one."""
-    schedule = {"name": "linear_schedule", "arguments": (1e-3, 1e-4, 10)}
-    _train(tiny, choice_data, tmp_path / "a", batch_size=12, directions=6, lr_schedule=schedule)
-    settings = {"model": str(tiny), "data": str(choice_data), "adapter_path": str(tmp_path / "a"), "progress": False}
-    result = zo_mlx.train(resume=True, directions=6, lr_schedule=schedule, iters=7, **settings)
-    assert result.iterations == 7
-    with pytest.raises(UsageError, match="a resumed run keeps its settings: directions was 6"):
-        zo_mlx.train(resume=True, directions=3, iters=8, **settings)
-
-
 def test_an_index_or_adapter_of_another_model_is_refused(
     tiny: Path, tiny_hf: Path, choice_data: Path, tmp_path: Path
 ) -> None:
@@ -174,70 +73,6 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
     snapshot = adapter.read_snapshot(out)
     assert snapshot.step == len(Journal.read(out / "journal").records)
     assert np.isfinite(np.array(snapshot.values)).all()
-
-
-def _interrupt_at(step: int) -> Callable[[dict[str, Any]], None]:
-    def report(event: dict[str, Any]) -> None:
-        if event["event"] == "train" and event["iteration"] == step:
-            raise KeyboardInterrupt
-
-    return report
-
-
-def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tiny: Path, choice_data: Path, tmp_path: Path) -> None:
-    _train(tiny, choice_data, tmp_path / "whole")
-    with pytest.raises(Interrupted, match="stopped after step 2; go on with the same command and --resume"):
-        _train(tiny, choice_data, tmp_path / "a", report=_interrupt_at(2), steps_per_report=1)
-    _train(tiny, choice_data, tmp_path / "a", resume=True)
-    assert (_values(tmp_path / "a") == _values(tmp_path / "whole")).all()
-
-
-KILLED = """
-import zo_mlx, os, signal, sys
-from zo_mlx.cli import main
-from zo_mlx.journal import Journal
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
-append, step, how = Journal.append, int(sys.argv[1]), getattr(signal, sys.argv[2])
-def killing_append(journal, record):
-    if record.step == step:
-        os.kill(os.getpid(), how)
-    append(journal, record)
-Journal.append = killing_append
-sys.exit(main(sys.argv[3:]))
-"""
-
-
-@pytest.mark.parametrize(("how", "code"), [("SIGKILL", -9), ("SIGTERM", 130), ("SIGINT", 130)])
-def test_a_killed_run_goes_on_as_if_it_had_not_been(
-    how: str, code: int, tiny: Path, choice_data: Path, tmp_path: Path
-) -> None:
-    _train(tiny, choice_data, tmp_path / "whole")
-    flags = {k: v for k, v in FAST.items() if k != "progress"} | {"model": tiny, "data": choice_data}
-    words = [w for k, v in flags.items() for w in (f"--{k.replace('_', '-')}", str(v))]
-    command = [sys.executable, "-c", KILLED, "5", how, "train", *words, "--adapter-path", str(tmp_path / "a")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    assert code == -9 or "go on with the same command and --resume" in done.stderr
-    assert len(Journal.read(tmp_path / "a/journal").records) == 4
-    _train(tiny, choice_data, tmp_path / "a", resume=True)
-    assert (_values(tmp_path / "a") == _values(tmp_path / "whole")).all()
-
-
-def test_a_full_disk_stops_the_run_and_resuming_works(tiny: Path, choice_data: Path, tmp_path: Path) -> None:
-    _train(tiny, choice_data, tmp_path / "whole", iters=40)
-    arguments = {**FAST, "model": str(tiny), "data": str(choice_data), "adapter_path": str(tmp_path / "a"), "iters": 40}
-    code = f"""
-try:
-    zo_mlx.train(**{arguments!r})
-except ZoError as e:
-    print("ZoError", e)
-"""
-    # The values (larger) never fit; then the journal stops fitting.
-    size = (tmp_path / "whole/journal").stat().st_size
-    assert run_on_full_disk(code, size - 100).startswith("ZoError cannot write")
-    _train(tiny, choice_data, tmp_path / "a", iters=40, resume=True)
-    assert (_values(tmp_path / "a") == _values(tmp_path / "whole")).all()
 
 
 @pytest.mark.parametrize("field", ["text", "completion", "messages"])
