@@ -67,12 +67,7 @@ def main() -> None:
     print(f"\n{after['examples']} messages it never trained on{'':8}{'before':>10}{'after':>14}")
     for name, first, second in rows:
         print(f"{name:40}{first:>10}{second:>14}")
-    print(f"\nTook {time.monotonic() - started:.0f} s. Try it:")
-    message = r"'My parcel is two days late, where is it?\nThis message is about'"
-    print(
-        f"$ .venv/bin/zo-mlx generate --model {MODEL} --adapter-path {ADAPTER} --ignore-chat-template "
-        f"--max-tokens 1 --prompt ${message}"
-    )
+    print(f"\nTook {time.monotonic() - started:.0f} s. Look at the result:\n$ .venv/bin/zo-mlx info {ADAPTER}")
 
 
 if __name__ == "__main__":
