@@ -4,13 +4,15 @@ No architecture is spelled out here. The model itself is called, each time, and 
 (masks, positions, inputs per layer); the blocks that are not wanted hand on what they get.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
+
+from ..product import prepare
 
 # block number, the block's own __call__, first argument, other arguments -> what the block returns to the model
 Hook = Callable[[int, Callable[..., mx.array], mx.array, tuple[Any, ...], dict[str, Any]], mx.array]
@@ -117,6 +119,46 @@ class BlockwiseModel:
             return False
         same = len(first[1]) == len(second[1]) and all(map(_equal, first[1], second[1]))
         return first[0] and second[0] and same and _equal(first[2], second[2])
+
+
+def opened(open_model: Callable[[], nn.Module]) -> BlockwiseModel:
+    """A model with none of its weights read, ready for the default device."""
+    mx.clear_cache()
+    return BlockwiseModel(prepare(open_model()))
+
+
+def run_blocks(
+    open_model: Callable[[], nn.Module],
+    rows: list[mx.array],
+    states: list[mx.array] | None,
+    first: int,
+    advance: Callable[[], None],
+) -> Iterator[tuple[int, list[mx.array]]]:
+    """Run the blocks one after the other, each over all sequences, with the memory of one.
+
+    Args:
+        open_model: gives the model with its weights not yet read, as often as it is called.
+        rows: sequences of tokens (T,); the last token of each is a target only.
+        states: what goes into block number `first`, (1, T - 1, H) for each sequence; None for the first block.
+        advance: called after each block and sequence.
+
+    Yields:
+        A block's number, and what goes into it, for those after `first`; and for `first`, too, if `states` is None.
+        The number after the last block's stands for what comes out of it.
+    """
+    with opened(open_model) as model:
+        blocks = len(model.blocks)
+        if states is None:
+            states = [model.embed(row[None, :-1]) for row in rows]
+            mx.eval(states)
+            yield first, states
+    for i in range(first, blocks):
+        with opened(open_model) as model:
+            for n, row in enumerate(rows):
+                states[n] = model.block(i, row[None, :-1], states[n])
+                mx.eval(states[n])
+                advance()
+        yield i + 1, states
 
 
 def _equal(a: Any, b: Any) -> bool:

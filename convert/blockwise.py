@@ -2,77 +2,77 @@
 
 import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..files import reporting_disk_errors
-from ..product import prepare, weight_shape
-from .blocks import BlockwiseModel
+from ..product import weight_shape
+from .blocks import BlockwiseModel, opened, run_blocks
+from .checkpoint import Checkpoint
 from .gradients import Tape, taped
 from .sensitivity import scored_layers, sequence_loss
-
-# Block inputs held in memory; more of them go to files.
-INPUT_BYTES = 256 << 20
 
 
 def blockwise_fisher_scores(
     open_model: Callable[[], nn.Module],
     sequences: np.ndarray,
-    scratch: Path,
+    checkpoint: Checkpoint,
     memory_limit: int | None = None,
     advance: Callable[[str], None] = lambda phase: None,
 ) -> Iterator[tuple[str, mx.array]]:
-    """The scores of `fisher_scores`, holding one block's weights and scores, one gradient, and block inputs.
+    """The scores of `fisher_scores`, holding one block's weights and scores, one gradient, and one block's inputs.
 
-    Forward block by block, keeping each block's inputs; the head; then backward block by block. Each block is computed
-    forward twice, so this takes 4/3 of the arithmetic.
+    Forward block by block, keeping each block's inputs in files; the head; then backward block by block. Each block is
+    computed forward twice, so this takes 4/3 of the arithmetic.
 
     Args:
         open_model: gives the model with its weights not yet read, as often as it is called. Quantized layers are scored
             like the dense ones they stand for.
         sequences: (N, T) int32 tokens.
-        scratch: a directory for block inputs that memory is not to hold.
-        memory_limit: bytes to aim at: fewer block inputs are held, and a block's layers are scored in groups (each
-            of which costs another pass through the block). A block's own weights are the least there is.
+        checkpoint: of the same model and sequences, or empty: the blocks that it has finished are not repeated. What is
+            noted there between two scores becomes part of it.
+        memory_limit: bytes to aim at: a block's layers are scored in groups (each of which costs another pass through
+            the block). A block's own weights are the least there is.
         advance: called with `forward` and `backward` after each block and sequence.
 
     Yields:
         Path and float32 scores, of the weight's shape, of each of `scored_layers`, from the last block to the first.
     """
-
-    def opened() -> BlockwiseModel:
-        mx.clear_cache()
-        return BlockwiseModel(prepare(open_model()))
-
     rows = [mx.array(row) for row in sequences]
-    inputs = BlockInputs(scratch, INPUT_BYTES if memory_limit is None else memory_limit // 8)
-    with opened() as model:
-        blocks = len(model.blocks)
-        states = [model.embed(row[None, :-1]) for row in rows]
-        mx.eval(states)
-    for i in range(blocks):
-        with opened() as model:
-            for n, row in enumerate(rows):
-                inputs.put(i, n, states[n])
-                states[n] = model.block(i, row[None, :-1], states[n])
-                mx.eval(states[n])
-                advance("forward")
-    with opened() as model:
-        for n, row in enumerate(rows):
-            states[n] = _loss_gradient(model, row, states[n])
-    for i in reversed(range(blocks)):
-        with opened() as model:
-            yield from _score_block(model, i, rows, inputs, states, memory_limit, advance)
+    if checkpoint.backward is None:
+        _forward(open_model, rows, checkpoint, advance)
+    assert checkpoint.backward is not None
+    states = checkpoint.gradients(checkpoint.backward)
+    for i in reversed(range(checkpoint.backward)):
+        with opened(open_model) as model:
+            yield from _score_block(model, i, rows, checkpoint.inputs(i), states, memory_limit, advance)
+        checkpoint.finish(i, states)
+
+
+def _forward(
+    open_model: Callable[[], nn.Module],
+    rows: list[mx.array],
+    checkpoint: Checkpoint,
+    advance: Callable[[str], None],
+) -> None:
+    """Fill a checkpoint with what goes into every block, and the gradients with respect to the last one's output."""
+    first = checkpoint.forward
+    known = None if first is None else checkpoint.inputs(first)
+    for number, states in run_blocks(open_model, rows, known, first or 0, lambda: advance("forward")):
+        checkpoint.put_inputs(number, states)
+    last = checkpoint.forward
+    assert last is not None
+    with opened(open_model) as model:
+        gradients = [_loss_gradient(model, row, x) for row, x in zip(rows, checkpoint.inputs(last), strict=True)]
+    checkpoint.finish(last, gradients)
 
 
 def _score_block(
     model: BlockwiseModel,
     number: int,
     rows: list[mx.array],
-    inputs: "BlockInputs",
+    inputs: list[mx.array],
     states: list[mx.array],
     memory_limit: int | None,
     advance: Callable[[str], None],
@@ -83,14 +83,13 @@ def _score_block(
     layers = {p: modules[p] for p in scored_layers(model.model) if id(modules[p]) in inside}
     del modules
     shapes = {p: weight_shape(m) for p, m in layers.items()}
-    groups = _groups({p: 4 * math.prod(shape) for p, shape in shapes.items()}, memory_limit)
+    room = None if memory_limit is None else memory_limit - 2 * sum(x.nbytes for x in states)
+    groups = _groups({p: 4 * math.prod(shape) for p, shape in shapes.items()}, room)
     outputs = list(states)
     for group in groups:
         scores = {p: mx.zeros(shapes[p]) for p in group}
         for n, row in enumerate(rows):
-            tape, states[n] = _backward(
-                model, number, {p: layers[p] for p in group}, row, inputs.get(number, n), outputs[n]
-            )
+            tape, states[n] = _backward(model, number, {p: layers[p] for p in group}, row, inputs[n], outputs[n])
             for path in group:
                 gradient = tape.gradient(path, shapes[path]).astype(mx.float32)
                 scores[path] = scores[path] + gradient.square() / len(rows)
@@ -99,13 +98,11 @@ def _score_block(
                 advance("backward")
         while scores:
             yield scores.popitem()
-    for n in range(len(rows)):
-        inputs.drop(number, n)
 
 
-def _groups(sizes: dict[str, int], memory_limit: int | None) -> list[list[str]]:
+def _groups(sizes: dict[str, int], limit: int | None) -> list[list[str]]:
     """Layers to be scored together: their scores are to fit what the weights of all of them leave of the limit."""
-    room = float("inf") if memory_limit is None else memory_limit - memory_limit // 8 - sum(sizes.values())
+    room = float("inf") if limit is None else limit - sum(sizes.values())
     groups: list[list[str]] = [[]]
     used = 0
     for path, size in sizes.items():
@@ -136,36 +133,3 @@ def _backward(
         _, (dx,) = mx.vjp(lambda x: model.block(number, row[None, :-1], x), [x], [dy])
     mx.eval(dx, tape.arrays())
     return tape, dx
-
-
-class BlockInputs:
-    """What goes into each block, by block and sequence: in memory up to a limit in bytes, then in files."""
-
-    def __init__(self, scratch: Path, limit: int):
-        self._scratch, self._left = scratch, limit
-        self._held: dict[tuple[int, int], mx.array] = {}
-
-    def put(self, block: int, sequence: int, x: mx.array) -> None:
-        """Keep an evaluated input until it is dropped."""
-        if x.nbytes <= self._left:
-            self._left -= x.nbytes
-            self._held[block, sequence] = x
-        else:
-            with reporting_disk_errors(self._scratch):
-                mx.save_safetensors(str(self._file(block, sequence)), {"x": x})
-
-    def get(self, block: int, sequence: int) -> mx.array:
-        """An input that was put and not dropped yet."""
-        if (held := self._held.get((block, sequence))) is not None:
-            return held
-        return mx.load(str(self._file(block, sequence)))["x"]  # type: ignore[index, call-overload, return-value]
-
-    def drop(self, block: int, sequence: int) -> None:
-        """Forget an input."""
-        if (held := self._held.pop((block, sequence), None)) is not None:
-            self._left += held.nbytes
-        else:
-            self._file(block, sequence).unlink()
-
-    def _file(self, block: int, sequence: int) -> Path:
-        return self._scratch / f"input-{block}-{sequence}.safetensors"

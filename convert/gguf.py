@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import UsageError
+from ..files import check_space
 from .gguf_tokenizer import build_tokenizer
 
 SHARD_BYTES = 1 << 30
@@ -103,6 +104,8 @@ def write_hf_directory(path: Path, out: Path, dtype: str | None = None) -> None:
     tokenizer = build_tokenizer(file)
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         config[key] = getattr(tokenizer, key)
+    kind: mx.Dtype = getattr(mx, config["torch_dtype"])
+    check_space(out, sum(math.prod(file.shape(name)) for name in file.names) * kind.size)
     (out / "config.json").write_text(json.dumps(config, indent=2))
     tokenizer.save_pretrained(out)
 
@@ -121,7 +124,7 @@ def write_hf_directory(path: Path, out: Path, dtype: str | None = None) -> None:
         if match := re.fullmatch(r"blk\.\d+\.attn_([qk])\.(weight|bias)", name):
             heads = config["num_attention_heads" if match[1] == "q" else "num_key_value_heads"]
             weight = _undo_permutation(weight, heads)
-        shard[target] = mx.array(weight).astype(getattr(mx, config["torch_dtype"]))
+        shard[target] = mx.array(weight).astype(kind)
         mx.eval(shard[target])
         if sum(w.nbytes for w in shard.values()) > SHARD_BYTES:
             flush()

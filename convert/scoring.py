@@ -2,10 +2,9 @@
 
 import math
 import sys
-import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,8 +14,9 @@ from ..errors import UsageError
 from ..index import SensitiveTensor
 from ..product import dequantized, weight_shape
 from ..progress import Progress
-from .blocks import BlockwiseModel
+from .blocks import BlockwiseModel, opened
 from .blockwise import blockwise_fisher_scores
+from .checkpoint import Candidates, Checkpoint
 from .select import Scope, Selector
 from .sensitivity import check_finite, fisher_scores, scored_layers
 from .sources import Source
@@ -78,7 +78,7 @@ def rank(
     density: float,
     scope: Scope,
     memory_limit: int | None,
-    scratch: Path,
+    checkpoint: Checkpoint,
     watch: Stopwatch,
     progress: bool,
 ) -> Ranking:
@@ -87,33 +87,27 @@ def rank(
     modules = dict(model.named_modules())
     sizes = {path: math.prod(weight_shape(modules[path])) for path in scored_layers(model)}
     selector, masses = Selector(sizes, density, scope), {}
+    del modules
     blocks = len(model.layers)
     with BlockwiseModel(model) as blockwise:
         chain = blockwise.is_chain()
-    del model, modules
-    if not chain and source.quantized:
-        raise UsageError(
-            f"the blocks of {source.config['model_type']} are not a plain chain, each fed by the one before; such a "
-            "model cannot be converted once it is quantized: use the full-precision one"
-        )
+    del model
     if not chain:
-        print(
-            f"Warning: the blocks of {source.config['model_type']} are not a plain chain, each fed by the one before: "
-            "the whole model and all its gradients are held in memory",
-            file=sys.stderr,
-        )
-    rounds = len(sequences) * (2 * blocks if chain else 1)
-    with (
-        tempfile.TemporaryDirectory(prefix=".inputs.", dir=scratch) as inputs,
-        Progress("Scoring weights", rounds, "block" if chain else "sequence", progress) as bar,
-    ):
+        _warn_of_memory(source)
+    for path, found in checkpoint.candidates().items():
+        selector.restore(path, found.positions, found.scores)
+        masses[path] = found.mass
+    rounds, done = len(sequences), 0
+    if chain:
+        rounds, done = 2 * blocks * len(sequences), checkpoint.finished(blocks) * len(sequences)
+    with Progress("Scoring weights", rounds, "block" if chain else "sequence", progress, done) as bar:
 
         def advance(phase: str) -> None:
             watch.lap(phase)
             bar.advance()
 
         scores = (
-            blockwise_fisher_scores(source.open_model, sequences, Path(inputs), memory_limit, advance)
+            blockwise_fisher_scores(source.open_model, sequences, checkpoint, memory_limit, advance)
             if chain
             else fisher_scores(source.open_model(), sequences, advance)
         )
@@ -121,24 +115,49 @@ def rank(
             for path, layer_scores in scores:
                 watch.lap("backward")
                 check_finite(path, layer_scores)
-                selector.add(path, np.array(layer_scores, copy=False))
+                positions, highest = selector.add(path, np.array(layer_scores, copy=False))
                 masses[path] = float(layer_scores.sum())
+                checkpoint.note(path, Candidates(positions, highest, masses[path]))
                 watch.lap("select")
         except (TypeError, ValueError, LookupError, AttributeError) as e:  # of a config that loads but does not compute
             raise UsageError(f"the model cannot be computed: {type(e).__name__}: {str(e)[:200]}") from e
-    return Ranking(selector.result(), sizes, masses)
+    return Ranking(selector.result(), sizes, {path: masses[path] for path in sizes})
 
 
-def gather(model: nn.Module, chosen: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, SensitiveTensor]:
+def _warn_of_memory(source: Source) -> None:
+    chain = "a plain chain, each fed by the one before"
+    if source.quantized:
+        raise UsageError(
+            f"the blocks of {source.config['model_type']} are not {chain}; such a model cannot be converted once it is "
+            "quantized: use the full-precision one"
+        )
+    print(
+        f"Warning: the blocks of {source.config['model_type']} are not {chain}: the whole model and all its gradients "
+        "are held in memory",
+        file=sys.stderr,
+    )
+
+
+def checkpoint_bytes(open_model: Callable[[], nn.Module], sequences: np.ndarray) -> int:
+    """Bytes on disk of what goes into and comes back from each block, for all sequences."""
+    with opened(open_model) as model:
+        return (len(model.blocks) + 1) * len(sequences) * model.embed(mx.array(sequences[:1, :-1])).nbytes
+
+
+def gather(
+    model: nn.Module, chosen: dict[str, tuple[np.ndarray, np.ndarray]], progress: bool
+) -> dict[str, SensitiveTensor]:
     """Look the chosen weights up, reading one layer at a time."""
     modules = dict(model.named_modules())
     tensors = {}
-    for path, (indices, scores) in chosen.items():
-        module = modules[path]
-        weight = dequantized(module) if "scales" in module else module.weight
-        values = weight.reshape(-1)[mx.array(indices)]
-        mx.eval(values)
-        module.pop("weight")
-        del weight
-        tensors[path] = SensitiveTensor(indices, values, scores)
+    with Progress("Looking them up", len(chosen), "layer", progress) as bar:
+        for path, (indices, scores) in chosen.items():
+            module = modules[path]
+            weight = dequantized(module) if "scales" in module else module.weight
+            values = weight.reshape(-1)[mx.array(indices)]
+            mx.eval(values)
+            module.pop("weight")
+            del weight
+            tensors[path] = SensitiveTensor(indices, values, scores)
+            bar.advance()
     return tensors

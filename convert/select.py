@@ -40,19 +40,32 @@ class Selector:
         self._scores = np.empty(0, np.float32)
         self._threshold = 0.0  # no score below it can be among the highest any more
 
-    def add(self, path: str, scores: np.ndarray) -> None:
-        """Take the scores of a layer's weights, float32 of any shape, into account."""
+    def add(self, path: str, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Take the scores of a layer's weights, float32 of any shape, into account.
+
+        Returns:
+            Flat positions and scores of the weights that may be among the highest; `restore` takes them, too.
+        """
         flat = scores.reshape(-1)
         if self._scope == "tensor":
             best = _highest(flat, self._counts[path])
-            self._chosen[path] = best.astype(np.uint32), flat[best]
+        elif self._threshold:
+            best = np.flatnonzero(flat >= self._threshold)
+        else:
+            best = _highest(flat, self._total)
+        self.restore(path, best, flat[best])
+        return best, flat[best]
+
+    def restore(self, path: str, positions: np.ndarray, scores: np.ndarray) -> None:
+        """Take what `add` returned for a layer into account in its place."""
+        if self._scope == "tensor":
+            self._chosen[path] = positions.astype(np.uint32), scores
             return
-        best = np.flatnonzero(flat >= self._threshold) if self._threshold else _highest(flat, self._total)
         number = self._paths.index(path)
         at = int(np.searchsorted(self._layers, number))
-        self._layers = np.insert(self._layers, at, np.full(len(best), number))
-        self._positions = np.insert(self._positions, at, best)
-        self._scores = np.insert(self._scores, at, flat[best])
+        self._layers = np.insert(self._layers, at, np.full(len(positions), number))
+        self._positions = np.insert(self._positions, at, positions)
+        self._scores = np.insert(self._scores, at, scores)
         if len(self._scores) > 2 * self._total:
             self._prune()
 

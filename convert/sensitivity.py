@@ -37,19 +37,24 @@ def calibration_sequences(
     Raises:
         UsageError: the text has fewer than N * T tokens.
     """
+    windows = token_windows(tokenizer, text, sequence_length)
+    if len(windows) < num_samples:
+        raise UsageError(
+            f"the calibration text has {len(windows)} times {sequence_length} tokens, not {num_samples} times; give a "
+            "longer text, or lower --num-samples or --sequence-length"
+        )
+    return windows[np.random.default_rng(seed).permutation(len(windows))[:num_samples]]
+
+
+def token_windows(tokenizer: TokenizerWrapper, text: str, length: int) -> np.ndarray:
+    """Cut a text into windows of tokens: (N, length) int32; what is left of it is dropped."""
     # Not verbose: a text longer than the model's context is no mistake here.
     try:
         encoded = tokenizer.encode(text, add_special_tokens=False, verbose=False)
     except Exception as e:  # a tokenizer that loads may still have settings of the wrong type
         raise UsageError(f"the tokenizer fails: {type(e).__name__}: {e}") from None
     tokens = np.array(encoded, dtype=np.int32)
-    windows = tokens[: len(tokens) // sequence_length * sequence_length].reshape(-1, sequence_length)
-    if len(windows) < num_samples:
-        raise UsageError(
-            f"the calibration text has {len(tokens)} tokens, but {num_samples} samples of {sequence_length} need "
-            f"{num_samples * sequence_length}; give a longer text, or lower --num-samples or --sequence-length"
-        )
-    return windows[np.random.default_rng(seed).permutation(len(windows))[:num_samples]]
+    return tokens[: len(tokens) // length * length].reshape(-1, length)
 
 
 def scored_layers(model: nn.Module) -> list[str]:

@@ -1,9 +1,6 @@
 """Where a model to convert comes from: a Hugging Face or MLX directory, a hub id, or a GGUF file."""
 
-import contextlib
 import re
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import _download
 
 from ..errors import UsageError, ZoError
-from ..files import read_json
+from ..files import new_directory, read_json
 from ..model import load_stock_model, load_tokenizer_of
 from .gguf import write_hf_directory
 
@@ -52,14 +49,13 @@ class Source:
         return model
 
 
-@contextlib.contextmanager
-def open_source(hf_path: str, dtype: str | None, scratch: Path, revision: str | None = None) -> Iterator[Source]:
+def open_source(hf_path: str, dtype: str | None, scratch: Path, revision: str | None = None) -> Source:
     """Open a model for conversion.
 
     Args:
         hf_path: a directory, a hub id (`name/model`), or a `.gguf` file.
         dtype: float16, bfloat16 or float32 for the tensors that stay unquantized; by default the source's.
-        scratch: where temporary files may be put.
+        scratch: a directory where a `.gguf` file's tensors are put, dequantized; if they are there they are taken.
         revision: of a hub id: a branch, tag or commit.
 
     Raises:
@@ -67,20 +63,19 @@ def open_source(hf_path: str, dtype: str | None, scratch: Path, revision: str | 
     """
     if dtype is not None and dtype not in MODEL_CONVERSION_DTYPES:
         raise UsageError(f"--dtype {dtype} is not one of {', '.join(MODEL_CONVERSION_DTYPES)}")
-    with contextlib.ExitStack() as stack:
-        path = Path(hf_path)
-        if path.is_file():
-            if path.suffix != ".gguf":
-                raise UsageError(f"{path} is a file, but not a .gguf file")
-            directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".gguf.", dir=scratch)))
-            write_hf_directory(path, directory, dtype)
-            hub_id, files = None, [path]
-        elif path.is_dir():
-            directory, hub_id, files = path, None, _files(path)
-        else:
-            directory, hub_id = _fetch(hf_path, revision), hf_path
-            files = _files(directory)
-        yield _open_directory(directory, hub_id, files, dtype)
+    path = Path(hf_path)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise UsageError(f"{path} is a file, but not a .gguf file")
+        directory = scratch / "gguf"
+        if not directory.exists():
+            with new_directory(directory) as beside:
+                write_hf_directory(path, beside, dtype)
+        return _open_directory(directory, None, [path], dtype)
+    if path.is_dir():
+        return _open_directory(path, None, _files(path), dtype)
+    directory = _fetch(hf_path, revision)
+    return _open_directory(directory, hf_path, _files(directory), dtype)
 
 
 def _files(directory: Path) -> list[Path]:

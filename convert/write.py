@@ -4,17 +4,21 @@ import json
 import shutil
 import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import create_model_card, get_total_parameters, make_shards, save_config
+from mlx_lm.utils import create_model_card, get_total_parameters, make_shards, save_config, upload_to_hub
 
+from ..errors import ZoError
+from ..files import write_atomically
 from ..index import FILE_NAME as INDEX
+from ..progress import Progress, redirected_to_stderr
 
 REPORT = "convert.json"
 
@@ -31,17 +35,19 @@ def write_model(
     model: nn.Module,
     tokenizer: TokenizerWrapper,
     config: dict[str, Any],
-    lap: Callable[[str], None] = lambda phase: None,
+    lap: Callable[[str], None],
+    progress: bool,
 ) -> None:
     """Write a model directory: shards and their index, config, tokenizer, and what mlx-lm copies from the source.
 
     Args:
-        out: an existing directory.
+        out: an existing directory; shards that are there are not written again.
         source: the directory the model comes from.
         hub_id: what the model card is to name as the base model.
         model: its weights may be unread and unquantized yet; they are taken out of it.
         tokenizer, config: to be stored.
         lap: called with `quantize` and `write` after each tensor's part of the work.
+        progress: report progress on standard error.
     """
     weights = dict(tree_flatten(model.parameters()))
     index: dict[str, Any] = {
@@ -55,11 +61,12 @@ def write_model(
     has_vision = "vision_tower" in getattr(model, "model", {})
     model.update(tree_map(lambda _: mx.array([]), model.parameters()))
     names = {}
-    for i, shard in enumerate(shards, 1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        names.update(dict.fromkeys(shard, name))
-        with (out / name).open("wb") as f:
-            _write_shard(f, shard, lap)
+    with Progress("Quantizing and writing", sum(map(len, shards)), "tensor", progress) as bar:
+        for i, shard in enumerate(shards, 1):
+            name = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+            names.update(dict.fromkeys(shard, name))
+            if not (out / name).exists():
+                write_atomically(out / name, partial(_write_shard, tensors=shard, lap=lap, bar=bar))
     index["weight_map"] = dict(sorted(names.items()))
     (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=4))
 
@@ -73,6 +80,22 @@ def write_model(
         create_model_card(out, None)
 
 
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of a model's weights."""
+    return sum(weight.nbytes for weight in dict(tree_flatten(model.parameters())).values())
+
+
+def upload(directory: Path, repo: str) -> None:
+    """Upload a model directory to the hub as mlx-lm does. Raises ZoError if that fails."""
+    try:
+        if not (directory / "README.md").exists():
+            create_model_card(directory, None)
+        with redirected_to_stderr():
+            upload_to_hub(str(directory), repo)
+    except Exception as e:  # the hub client raises a dozen kinds, from several libraries
+        raise ZoError(f"{directory} is made, but cannot be uploaded to {repo}: {str(e)[:300]}") from None
+
+
 def copy_model(out: Path, source: Path) -> None:
     """Copy a model directory's weights, configuration and tokenizer; not its code, index or folders."""
     for file in source.iterdir():
@@ -80,7 +103,7 @@ def copy_model(out: Path, source: Path) -> None:
             shutil.copyfile(file, out / file.name)
 
 
-def _write_shard(file: IO[bytes], tensors: dict[str, mx.array], lap: Callable[[str], None]) -> None:
+def _write_shard(path: Path, tensors: dict[str, mx.array], lap: Callable[[str], None], bar: Progress) -> None:
     """Write a safetensors file, emptying `tensors` on the way."""
     header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
     end = 0
@@ -89,11 +112,13 @@ def _write_shard(file: IO[bytes], tensors: dict[str, mx.array], lap: Callable[[s
         header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": tensor.shape, "data_offsets": [start, end]}
     content = json.dumps(header, separators=(",", ":")).encode()
     content += b" " * (-len(content) % 8)
-    file.write(struct.pack("<Q", len(content)) + content)
-    for name in list(tensors):
-        tensor = tensors.pop(name)
-        mx.eval(tensor)
-        lap("quantize")
-        file.write(np.array(mx.contiguous(tensor).reshape(-1).view(mx.uint8), copy=False).data)
-        del tensor
-        lap("write")
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(content)) + content)
+        for name in list(tensors):
+            tensor = tensors.pop(name)
+            mx.eval(tensor)
+            lap("quantize")
+            file.write(np.array(mx.contiguous(tensor).reshape(-1).view(mx.uint8), copy=False).data)
+            del tensor
+            lap("write")
+            bar.advance()

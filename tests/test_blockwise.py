@@ -9,6 +9,7 @@ from mlx_lm.models import llama
 from zo_mlx.convert import blockwise
 from zo_mlx.convert.blocks import BlockwiseModel
 from zo_mlx.convert.blockwise import blockwise_fisher_scores
+from zo_mlx.convert.checkpoint import Checkpoint
 from zo_mlx.convert.sensitivity import fisher_scores
 
 import zo_mlx
@@ -26,35 +27,29 @@ def test_scores_equal_those_of_the_whole_model_whatever_the_memory_limit(
         return load_stock_model(tiny_hf, lazy=True)[0]
 
     expected = dict(fisher_scores(opened(), SEQUENCES))
-    got = dict(blockwise_fisher_scores(opened, SEQUENCES, tmp_path, limit))
+    got = dict(blockwise_fisher_scores(opened, SEQUENCES, Checkpoint(tmp_path / "c"), limit))
     assert set(got) == set(expected)
     for path, scores in expected.items():
         assert np.allclose(np.array(got[path]), np.array(scores), rtol=1e-4, atol=1e-6 * float(scores.max())), path
-    assert list(tmp_path.iterdir()) == []
+    assert {f.name.split("-")[0] for f in (tmp_path / "c").iterdir()} == {"gradient"}, (
+        "a block's inputs are still there"
+    )
 
 
-def test_a_memory_limit_spills_block_inputs_and_splits_blocks(
-    tiny_hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    written: list[str] = []
-    groups: list[int] = []
-    save, make_groups = mx.save_safetensors, blockwise._groups
-
-    def spy_save(name: str, *args: object) -> None:
-        written.append(name)
-        save(name, *args)  # type: ignore[arg-type]
+def test_a_memory_limit_splits_blocks(tiny_hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts: list[int] = []
+    make_groups = blockwise._groups
 
     def spy_groups(sizes: dict[str, int], limit: int | None) -> list[list[str]]:
-        groups.append(len(result := make_groups(sizes, limit)))
+        parts.append(len(result := make_groups(sizes, limit)))
         return result
 
-    monkeypatch.setattr(mx, "save_safetensors", spy_save)
     monkeypatch.setattr(blockwise, "_groups", spy_groups)
-    for limit, files, parts in ((None, 0, {1}), (1, 3 * 3, {7})):
-        written.clear()
-        groups.clear()
-        list(blockwise_fisher_scores(lambda: load_stock_model(tiny_hf, lazy=True)[0], SEQUENCES, tmp_path, limit))
-        assert (len(written), set(groups)) == (files, parts)
+    for limit, expected in ((None, [1, 1, 1]), (1, [7, 7, 7])):
+        parts.clear()
+        checkpoint = Checkpoint(tmp_path / str(limit))
+        list(blockwise_fisher_scores(lambda: load_stock_model(tiny_hf, lazy=True)[0], SEQUENCES, checkpoint, limit))
+        assert parts == expected
 
 
 def test_the_same_output_whatever_the_memory_limit(tiny_hf: Path, tmp_path: Path) -> None:
@@ -73,7 +68,8 @@ def test_only_one_block_is_in_memory(tmp_path: Path) -> None:
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    for _, scores in blockwise_fisher_scores(lambda: load_stock_model(source, lazy=True)[0], SEQUENCES[:1], tmp_path):
+    checkpoint = Checkpoint(tmp_path / "c")
+    for _, scores in blockwise_fisher_scores(lambda: load_stock_model(source, lazy=True)[0], SEQUENCES[:1], checkpoint):
         del scores
     assert mx.get_peak_memory() - before < model_bytes / 4
 
@@ -136,6 +132,6 @@ def test_a_layer_called_twice_gets_the_sum_of_both_gradients(tiny_hf: Path, tmp_
         return model
 
     expected = dict(fisher_scores(opened(), SEQUENCES))
-    for path, scores in blockwise_fisher_scores(opened, SEQUENCES, tmp_path):
+    for path, scores in blockwise_fisher_scores(opened, SEQUENCES, Checkpoint(tmp_path / "c")):
         oracle = np.array(expected[path])
         assert np.allclose(np.array(scores), oracle, rtol=1e-3, atol=1e-5 * oracle.max()), path

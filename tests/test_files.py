@@ -29,14 +29,16 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
 
-def test_a_failed_directory_leaves_nothing_and_an_existing_one_is_kept(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="stop"), files.new_directory(tmp_path / "out") as beside:
+def test_a_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    for attempt in range(2):
+        with pytest.raises(ValueError, match="stop"), files.new_directory(tmp_path / "out") as beside:
+            (beside / f"file{attempt}").write_text("x")
+            raise ValueError("stop")
+        assert not (tmp_path / "out").exists()
+    with files.new_directory(tmp_path / "out") as beside:
         (beside / "file").write_text("x")
-        raise ValueError("stop")
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "out").mkdir()
-    with pytest.raises(UsageError, match="already exists"), files.new_directory(tmp_path / "out"):
-        pass
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("length", [0, 4, 12, -3])

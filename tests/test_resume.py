@@ -14,7 +14,7 @@ from test_train import FAST, _train, _values
 import zo_mlx
 from zo_mlx import adapter
 from zo_mlx.errors import Interrupted, UsageError
-from zo_mlx.files import load_safetensors
+from zo_mlx.files import load_safetensors, locked
 from zo_mlx.journal import Journal
 
 
@@ -69,9 +69,9 @@ def test_a_run_is_not_overwritten_unasked(tiny: Path, choice_data: Path, tmp_pat
 def test_a_directory_in_use_is_refused(tiny: Path, choice_data: Path, tmp_path: Path) -> None:
     _train(tiny, choice_data, tmp_path / "a")
     before = (tmp_path / "a/journal").read_bytes()
-    with adapter.locked(tmp_path / "a"):
+    with locked(tmp_path / "a"):
         for how in ("resume", "overwrite"):
-            with pytest.raises(UsageError, match="is in use: another process is training there"):
+            with pytest.raises(UsageError, match="is in use by another process"):
                 _train(tiny, choice_data, tmp_path / "a", iters=9, **{how: True})
     assert (tmp_path / "a/journal").read_bytes() == before
     assert _train(tiny, choice_data, tmp_path / "a", iters=9, resume=True).iterations == 9

@@ -71,6 +71,13 @@ def _config(**changes: object) -> object:
     return change
 
 
+def _weight_map(content: object) -> object:
+    def change(path: Path) -> None:
+        (path / "model.safetensors.index.json").write_text(json.dumps(content))
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("damage", "problem"),
     [
@@ -89,6 +96,14 @@ def _config(**changes: object) -> object:
         (_config(rope_theta="wide"), "the model cannot be computed: TypeError"),
         (_config(num_hidden_layers=10**9), "num_hidden_layers = 1000000000 for"),
         (_config(quantization={"bits": 4}), "cannot be loaded"),
+        (
+            _weight_map({"weight_map": {"a": "../x.safetensors"}}),
+            "weight_map puts a into '../x.safetensors', which is not",
+        ),
+        (_weight_map({"weight_map": {"a": "/etc/passwd"}}), "which is not a file of the directory"),
+        (_weight_map({"weight_map": {"a": 1}}), "which is not a file of the directory"),
+        (_weight_map([]), "must hold a JSON object"),
+        (_weight_map({}), "has no weight_map"),
         (_config(quantization_config={"quant_method": "gptq"}), "is quantized, but not by MLX"),
     ],
 )

@@ -4,11 +4,7 @@
 same step, a resume replays the journal from the start.
 """
 
-import contextlib
-import fcntl
-import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +14,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from .errors import UsageError
-from .files import load_safetensors, reporting_disk_errors, write_atomically
+from .files import load_safetensors, write_atomically
 from .journal import FILE_NAME as JOURNAL
 
 VALUES = "values.safetensors"
@@ -35,21 +31,6 @@ class Snapshot:
     journal: str
     fingerprints: dict[str, str]
     values: mx.array
-
-
-@contextlib.contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Hold an adapter directory for one process; death releases it. Raises UsageError if another process holds it."""
-    with reporting_disk_errors(directory):
-        fd = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"{directory} is in use: another process is training there") from None
-        yield
-    finally:
-        os.close(fd)
 
 
 def has_run(directory: Path) -> bool:

@@ -14,6 +14,7 @@ from . import evaluate as evaluate_model
 from . import generate as generate_text
 from . import train as train_model
 from .config import TrainConfig, read_yaml, value_type
+from .convert.quantize import MODES, QUANT_RECIPES
 from .convert.select import Scope
 from .errors import UsageError, ZoError
 from .info import as_text, info
@@ -50,15 +51,21 @@ def _add_convert(commands: Any) -> argparse.ArgumentParser:
     p.add_argument("-q", "--quantize", action="store_true", help="Accepted for mlx-lm's sake: always on here.")
     p.add_argument("--q-bits", type=int, help="Bits per weight (default: 4).")
     p.add_argument("--q-group-size", type=int, help="Weights that share a scale (default: 64).")
+    p.add_argument("--q-mode", choices=MODES, default="affine", help="Kind of quantization.")
+    p.add_argument("--quant-predicate", choices=QUANT_RECIPES, help="mlx-lm's recipe of mixed bits.")
     p.add_argument("--dtype", help="float16, bfloat16 or float32 for what stays unquantized; default: the source's.")
     p.add_argument("--density", type=float, default=1e-3, help="Fraction of the linear layers' weights to train.")
     p.add_argument("--scope", choices=get_args(Scope), default="global", help="One threshold, or one per tensor.")
+    p.add_argument("--isolate", action="store_true", help="Leave sensitive weights out of the quantizer's range.")
     p.add_argument("--calibration-data", metavar="FILE", help="Text file; default: the text in the package.")
     p.add_argument("--num-samples", type=int, default=16, help="Calibration sequences.")
     p.add_argument("--sequence-length", type=int, default=256, help="Tokens in each.")
     p.add_argument("--seed", type=int, default=0, help="Decides which parts of the text are taken.")
+    p.add_argument("--perplexity-data", metavar="FILE", help="Text file to measure perplexity on, before and after.")
     p.add_argument("--revision", help="Branch, tag or commit of a hub id.")
     p.add_argument("--memory-limit", type=float, metavar="GB", help="Memory to aim at; default: one block's need.")
+    p.add_argument("--upload-repo", metavar="REPO", help="Hub repository to upload the result to.")
+    p.add_argument("--resume", action="store_true", help="Go on with an interrupted conversion, if there is one.")
     return p
 
 
@@ -118,8 +125,8 @@ def _add_model(p: argparse.ArgumentParser) -> None:
 
 def _convert(args: argparse.Namespace) -> None:
     names = (
-        "hf_path mlx_path q_bits q_group_size dtype density scope calibration_data num_samples sequence_length seed "
-        "memory_limit revision"
+        "hf_path mlx_path q_bits q_group_size q_mode quant_predicate dtype density scope isolate calibration_data "
+        "num_samples sequence_length seed perplexity_data memory_limit revision upload_repo resume"
     )
     done = convert_model(**{name: getattr(args, name) for name in names.split()})
     if args.json:
@@ -129,6 +136,11 @@ def _convert(args: argparse.Namespace) -> None:
             f"{done.mlx_path}: {done.trainable:,} of {done.candidates:,} weights are trainable; they hold "
             f"{done.coverage:.1%} of the Fisher scores' sum. {done.seconds:.0f} s, peak {done.peak_memory / 1e9:.2f} GB"
         )
+        if done.perplexity:
+            before, after, trained = (
+                done.perplexity[k]["perplexity"] for k in ("source", "quantized", "with_sensitive")
+            )
+            print(f"Perplexity {before:.3f}; quantized {after:.3f}, with the sensitive weights in place {trained:.3f}")
 
 
 def _train(args: argparse.Namespace) -> None:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -94,22 +93,38 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 @contextlib.contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """Yield an empty directory beside `path` and rename it to `path` if the block succeeds.
-
-    Raises UsageError if `path` exists; on any error nothing is left behind.
-    """
-    if path.exists():
-        raise UsageError(f"{path} already exists; name another directory or remove it first")
+    """Yield an empty directory beside `path`, which does not exist, and rename it to `path` if the block succeeds."""
+    beside = path.with_name(f".{path.name}.new")
+    shutil.rmtree(beside, ignore_errors=True)
     with reporting_disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        beside.mkdir()
+        yield beside
+        sync(beside)
+        beside.rename(path)
+
+
+def check_space(directory: Path, needed: int) -> None:
+    """Raise UsageError if a directory's disk has less than `needed` bytes free."""
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise UsageError(
+            f"{directory.resolve()} needs {needed / 1e9:.2f} GB more, but its disk has {free / 1e9:.2f} GB free"
+        )
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold a directory for one process; death releases it. Raises UsageError if another process holds it."""
+    with reporting_disk_errors(directory):
+        fd = os.open(directory, os.O_RDONLY)
+    try:
         try:
-            yield beside
-            beside.chmod(0o755)
-            beside.rename(path)
-            sync(path.parent)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"{directory} is in use by another process") from None
+        yield
+    finally:
+        os.close(fd)
 
 
 def sync(path: Path) -> None:

@@ -36,6 +36,8 @@ def load_stock_model(directory: Path, lazy: bool = False) -> tuple[nn.Module, di
     weights = weight_files(directory)
     if not weights:
         raise UsageError(f"{directory} is not a model directory: it has no model*.safetensors")
+    if (listing := directory / "model.safetensors.index.json").exists():
+        _check_weight_map(listing)
     tensors = sum(count_tensors(file) for file in weights)
     for key in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
         if isinstance(layers := config.get(key), int) and layers > tensors:  # mlx-lm would build them all first
@@ -44,6 +46,16 @@ def load_stock_model(directory: Path, lazy: bool = False) -> tuple[nn.Module, di
         return load_model(directory, lazy=lazy)
     except Exception as e:  # whatever an architecture raises on a config or tensors it does not expect
         raise UsageError(f"{directory} cannot be loaded: {str(e)[:300] or type(e).__name__}") from None
+
+
+def _check_weight_map(listing: Path) -> None:
+    """mlx-lm reads the files that are there, whatever the map says; one that points elsewhere is not to be trusted."""
+    names = read_json(listing).get("weight_map")
+    if not isinstance(names, dict):
+        raise UsageError(f"{listing} has no weight_map")
+    for tensor, name in names.items():
+        if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
+            raise UsageError(f"{listing}: weight_map puts {tensor} into {name!r}, which is not a file of the directory")
 
 
 def weight_files(directory: Path) -> list[Path]:

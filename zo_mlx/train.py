@@ -9,7 +9,7 @@ from typing import Any
 from . import adapter, journal
 from .config import CHANGEABLE, TrainConfig
 from .errors import UsageError
-from .files import reporting_disk_errors
+from .files import locked, reporting_disk_errors
 from .memory import bounded_cache
 from .run import Report, Run, TrainResult
 
@@ -51,7 +51,7 @@ def train(
         if resume:
             if not adapter.has_run(directory):
                 raise UsageError(f"{directory} holds no training run to resume")
-            held.enter_context(adapter.locked(directory))
+            held.enter_context(locked(directory))
             past = journal.Journal.read(directory / journal.FILE_NAME)
             run = Run(_resumed_config(past.header["config"], settings), report or _print_warning, progress)
             run.resume(past)
@@ -61,7 +61,7 @@ def train(
             run = Run(given, report or _print_warning, progress)
             with reporting_disk_errors(directory):
                 directory.mkdir(parents=True, exist_ok=True)
-            held.enter_context(adapter.locked(directory))
+            held.enter_context(locked(directory))
             if not overwrite:
                 _refuse_run(directory)  # another process may have begun one while the model was loading
             run.start()

@@ -44,7 +44,8 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--text", default=str(DEFAULT_TEXT))
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch, open_source(args.source, None, Path(scratch)) as source:
+    with tempfile.TemporaryDirectory() as scratch:
+        source = open_source(args.source, None, Path(scratch))
         text = Path(args.text).read_text(encoding="utf-8")
         sequences = calibration_sequences(source.tokenizer, text, 2 * SET, args.sequence_length, seed=0)
         reference = growing_sums(source, sequences[SET:], (SET,))[SET]

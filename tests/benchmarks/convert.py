@@ -18,11 +18,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 from zo_mlx.convert.blockwise import blockwise_fisher_scores
+from zo_mlx.convert.checkpoint import Checkpoint
 from zo_mlx.convert.sensitivity import DEFAULT_TEXT, calibration_sequences, fisher_scores
 from zo_mlx.convert.sources import open_source
 
@@ -37,11 +39,17 @@ def compare(source_path: str, num_samples: int, repeats: int) -> None:
     """Print the median times of both ways, and the median of the ratios of neighbours."""
     seconds: dict[str, list[float]] = {"block by block": [], "in memory": []}
     peaks = dict.fromkeys(seconds, 0)
-    with tempfile.TemporaryDirectory() as scratch, open_source(source_path, None, Path(scratch)) as source:
+    with tempfile.TemporaryDirectory() as scratch:
+        source = open_source(source_path, None, Path(scratch))
         text = DEFAULT_TEXT.read_text(encoding="utf-8")
         sequences = calibration_sequences(source.tokenizer, text, num_samples, 256, seed=0)
+
+        def block_by_block() -> Iterator[tuple[str, mx.array]]:
+            with tempfile.TemporaryDirectory(dir=scratch) as fresh:
+                yield from blockwise_fisher_scores(source.open_model, sequences, Checkpoint(Path(fresh)))
+
         ways = {
-            "block by block": lambda: blockwise_fisher_scores(source.open_model, sequences, Path(scratch)),
+            "block by block": block_by_block,
             "in memory": lambda: fisher_scores(source.open_model(), sequences),
         }
         for _ in range(repeats):

@@ -1,0 +1,106 @@
+"""Perplexity of a text before and after quantization, with the memory of one transformer block."""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models.switch_layers import SwitchLinear
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ..errors import UsageError
+from ..index import SensitiveIndex
+from ..model import load_stock_model
+from ..product import SWITCH_LAYERS, dequantized, prepare, weight_shape
+from ..progress import Progress
+from .blocks import BlockwiseModel, opened, run_blocks
+from .sensitivity import sequence_loss, token_windows
+
+# As in `mlx_lm.perplexity`; more windows would say little more.
+_TOKENS, _WINDOWS = 512, 64
+
+
+@dataclass
+class Perplexity:
+    """exp of the mean next-token cross-entropy over sequences, and its standard error (delta method)."""
+
+    perplexity: float
+    standard_error: float
+
+
+def perplexity_windows(tokenizer: TokenizerWrapper, text: str) -> np.ndarray:
+    """The first windows of a text: (N, 512) int32 tokens, N at most 64. Raises UsageError if there is none."""
+    windows = token_windows(tokenizer, text, _TOKENS)[:_WINDOWS]
+    if not len(windows):
+        raise UsageError(f"the text for perplexity has less than {_TOKENS} tokens")
+    return windows
+
+
+def before_and_after(
+    open_model: Callable[[], nn.Module], directory: Path, index: SensitiveIndex, windows: np.ndarray, progress: bool
+) -> dict[str, Any]:
+    """Perplexity of the `source`, of the model in `directory` as `quantized`, and `with_sensitive` weights in place."""
+
+    def quantized() -> nn.Module:
+        return load_stock_model(directory, lazy=True)[0]
+
+    ways = {
+        "source": open_model,
+        "quantized": quantized,
+        "with_sensitive": lambda: with_sensitive_weights(quantized(), index),
+    }
+    with Progress("Perplexity", len(ways) * len(windows) * len(open_model().layers), "block", progress) as bar:
+        return {"tokens": windows.size} | {
+            name: asdict(perplexity(way, windows, bar.advance)) for name, way in ways.items()
+        }
+
+
+def perplexity(
+    open_model: Callable[[], nn.Module], sequences: np.ndarray, advance: Callable[[], None] = lambda: None
+) -> Perplexity:
+    """Measure a model block by block; one that is not a chain of blocks, in memory.
+
+    Args:
+        open_model: gives the model with its weights not yet read, as often as it is called.
+        sequences: (N, T) int32 tokens; the first token of each is not predicted.
+        advance: called for each block and sequence.
+    """
+    rows = [mx.array(row) for row in sequences]
+    with BlockwiseModel(open_model()) as model:
+        chain = model.is_chain()
+    losses = []
+    if chain:
+        *_, (_, states) = run_blocks(open_model, rows, None, 0, advance)
+        with opened(open_model) as model:
+            for row, x in zip(rows, states, strict=True):
+                losses.append(sequence_loss(model.head(row[None, :-1], x), row).item())
+    else:
+        whole = prepare(open_model())
+        for row in rows:
+            losses.append(sequence_loss(whole(row[None, :-1]), row).item())
+            for _ in whole.layers:
+                advance()
+    mean = math.exp(min(float(np.mean(losses)), 700))
+    error = float(np.std(losses, ddof=1)) / math.sqrt(len(losses)) if len(losses) > 1 else math.nan
+    return Perplexity(mean, mean * error)
+
+
+def with_sensitive_weights(model: nn.Module, index: SensitiveIndex) -> nn.Module:
+    """A quantized model, none of whose weights is read yet, with the values of its index in place.
+
+    Layers of the index become dense ones, which compute what the sparse layers compute that train.
+    """
+    modules = dict(model.named_modules())
+    for path, tensor in index.tensors.items():
+        layer = modules[path]
+        flat = dequantized(layer).reshape(-1)
+        flat[mx.array(tensor.indices)] = tensor.values.astype(mx.float32)
+        layer.weight = flat.reshape(weight_shape(layer)).astype(tensor.values.dtype)
+        for name in ("scales", "biases", "global_scale"):
+            layer.pop(name, None)
+        layer.__class__ = SwitchLinear if isinstance(layer, SWITCH_LAYERS) else nn.Linear
+    return model

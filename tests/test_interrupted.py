@@ -1,0 +1,135 @@
+"""Conversions that are stopped and go on."""
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from conftest import write_hf_llama
+from test_files import run_on_full_disk
+from zo_mlx.convert import checkpoint, write
+from zo_mlx.convert.blocks import BlockwiseModel
+
+import zo_mlx
+from zo_mlx import files, index
+from zo_mlx.errors import Interrupted, UsageError, ZoError
+
+SMALL = {"num_samples": 2, "sequence_length": 16, "density": 0.02, "progress": False}
+
+
+def _contents(directory: Path) -> dict[str, bytes]:
+    """The files of a model directory but for the report, which has times in it."""
+    return {f.name: f.read_bytes() for f in directory.iterdir() if f.name != "convert.json"}
+
+
+class Stops:
+    """Interrupts the n-th file that is written, before or after it is there."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.at, self.after, self.count = -1, False, 0
+        for module in (checkpoint, write, index):
+            monkeypatch.setattr(module, "write_atomically", self._write)
+
+    def _write(self, path: Path, write: object) -> None:
+        self.count += 1
+        if self.count == self.at and not self.after:
+            raise KeyboardInterrupt
+        files.write_atomically(path, write)  # type: ignore[arg-type]
+        if self.count == self.at:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+@pytest.mark.parametrize("after", [False, True])
+def test_a_conversion_stopped_anywhere_goes_on_to_the_same_output(
+    scope: str, after: bool, tiny_hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stops = Stops(monkeypatch)
+    zo_mlx.convert(str(tiny_hf), str(tmp_path / "whole"), scope=scope, **SMALL)
+    expected, writes = _contents(tmp_path / "whole"), stops.count
+    assert writes == 4 + 4 + 1 + 1  # inputs and gradients of three blocks and the head, a shard, the index
+    stops.after = after
+    for at in range(1, writes + 1):
+        stops.at, stops.count = at, 0
+        out = tmp_path / f"out{at}"
+        with pytest.raises(Interrupted, match="go on with --resume"):
+            zo_mlx.convert(str(tiny_hf), str(out), scope=scope, **SMALL)
+        assert not out.exists()
+        stops.at = -1
+        zo_mlx.convert(str(tiny_hf), str(out), scope=scope, resume=True, **SMALL)
+        assert _contents(out) == expected
+    assert {p.name for p in tmp_path.iterdir()} == {"whole", *(f"out{at}" for at in range(1, writes + 1))}
+
+
+def test_finished_blocks_are_not_repeated(tiny_hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stops = Stops(monkeypatch)
+    ran: list[int] = []
+    block = BlockwiseModel.block
+
+    def spy(self: BlockwiseModel, number: int, tokens: mx.array, x: mx.array) -> mx.array:
+        ran.append(number)
+        return block(self, number, tokens, x)
+
+    monkeypatch.setattr(BlockwiseModel, "block", spy)
+    for at, left in ((3, [2, 2, 2, 2, 1, 1, 0, 0]), (6, [1, 1, 0, 0]), (10, [])):
+        stops.at, stops.count, stops.after = at, 0, True
+        with pytest.raises(Interrupted):
+            zo_mlx.convert(str(tiny_hf), str(tmp_path / f"{at}"), **SMALL)
+        ran.clear()
+        zo_mlx.convert(str(tiny_hf), str(tmp_path / f"{at}"), resume=True, **SMALL)
+        assert ran == left
+
+
+def test_an_interrupted_conversion_is_not_mistaken_for_another(
+    tiny_hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stops = Stops(monkeypatch)
+    stops.at, out = 6, str(tmp_path / "out")
+    with pytest.raises(Interrupted):
+        zo_mlx.convert(str(tiny_hf), out, **SMALL)
+    with pytest.raises(UsageError, match="was interrupted: go on with --resume, or remove .*.out.partial"):
+        zo_mlx.convert(str(tiny_hf), out, **SMALL)
+    with pytest.raises(UsageError, match="had other density, seed|had other density, calibration"):
+        zo_mlx.convert(str(tiny_hf), out, resume=True, **{**SMALL, "density": 0.01, "seed": 1})
+    other = write_hf_llama(tmp_path / "other", seed=1)
+    with pytest.raises(UsageError, match="had other files"):
+        zo_mlx.convert(str(other), out, resume=True, **SMALL)
+    with files.locked(tmp_path / ".out.partial"), pytest.raises(UsageError, match="in use by another process"):
+        zo_mlx.convert(str(tiny_hf), out, resume=True, **SMALL)
+    zo_mlx.convert(str(tiny_hf), out, resume=True, **SMALL)
+    assert json.loads((tmp_path / "out/convert.json").read_text())["density"] == 0.02
+
+
+def test_resuming_nothing_begins(tiny_hf: Path, tmp_path: Path) -> None:
+    (tmp_path / ".out.partial/gguf").mkdir(parents=True)  # left by a process that was killed before it had begun
+    zo_mlx.convert(str(tiny_hf), str(tmp_path / "out"), resume=True, **SMALL)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_full_disk_is_one_clear_line_and_loses_nothing(tiny_hf: Path, tmp_path: Path) -> None:
+    settings = f"{str(tiny_hf)!r}, {str(tmp_path / 'out')!r}, num_samples=2, sequence_length=16, density=0.02"
+    code = f"""
+try:
+    zo_mlx.convert({settings}, progress=False)
+except ZoError as e:
+    print("ZoError", e)
+"""
+    message = run_on_full_disk(code, 20000)
+    assert message.startswith("ZoError cannot write")
+    assert message.endswith("go on with --resume")
+    assert [p.name for p in tmp_path.iterdir()] == [".out.partial"]
+    zo_mlx.convert(str(tiny_hf), str(tmp_path / "out"), resume=True, **SMALL)
+    zo_mlx.convert(str(tiny_hf), str(tmp_path / "whole"), **SMALL)
+    assert _contents(tmp_path / "out") == _contents(tmp_path / "whole")
+
+
+def test_too_little_space_is_said_before_the_work(
+    tiny_hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = type("usage", (), {"free": 100_000})
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(ZoError, match="needs 0.00 GB more, but its disk has 0.00 GB free"):
+        zo_mlx.convert(str(tiny_hf), str(tmp_path / "out"), **SMALL)
+    assert list(tmp_path.iterdir()) == []
+    usage.free = 1_000_000
+    zo_mlx.convert(str(tiny_hf), str(tmp_path / "out"), **SMALL)
