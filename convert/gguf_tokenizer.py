@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -11,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from ..errors import UsageError
 
 if TYPE_CHECKING:
-    from .gguf import GgufFile
+    from .gguf_file import GgufFile
 
 # tokenizer.ggml.token_type
 _CONTROL, _USER_DEFINED = 3, 4
@@ -22,17 +23,33 @@ _DIGIT_RUNS_OF_3 = (
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _SINGLE_DIGITS = _DIGIT_RUNS_OF_3.replace(r"\p{N}{1,3}", r"\p{N}")
-# tokenizer.ggml.pre -> (digits are split off one by one first, pattern of words)
+
+
+@dataclass(frozen=True)
+class _Words:
+    """How text is cut into words before merging: what llama.cpp knows by the name in `tokenizer.ggml.pre`.
+
+    Attributes:
+        pattern: of words.
+        digits: they are split off one by one first.
+        nfc: text is normalized first (by Hugging Face's tokenizers; llama.cpp leaves it out).
+        whole: a word that is in the vocabulary is one token, whether merges lead to it or not.
+        bos: the text begins with the BOS token unless the file says otherwise.
+    """
+
+    pattern: str
+    digits: bool = False
+    nfc: bool = False
+    whole: bool = False
+    bos: bool = False
+
+
 _PRE_TOKENIZERS = {
-    "default": (False, _GPT2),
-    "gpt-2": (False, _GPT2),
-    "smollm": (True, _GPT2),
-    "starcoder": (True, _GPT2),
-    "refact": (True, _GPT2),
-    "command-r": (True, _GPT2),
-    "llama-bpe": (False, _DIGIT_RUNS_OF_3),
-    "llama3": (False, _DIGIT_RUNS_OF_3),
-    "qwen2": (False, _SINGLE_DIGITS),
+    **dict.fromkeys(("default", "gpt-2"), _Words(_GPT2)),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r"), _Words(_GPT2, digits=True)),
+    **dict.fromkeys(("llama-bpe", "llama3"), _Words(_DIGIT_RUNS_OF_3, whole=True, bos=True)),
+    "dbrx": _Words(_DIGIT_RUNS_OF_3),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _Words(_SINGLE_DIGITS, nfc=True)),
 }
 
 
@@ -64,7 +81,8 @@ def build_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
         index = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
         if isinstance(index, int) and 0 <= index < len(tokens):
             special[f"{name}_token"] = tokens[index]
-    _add_bos_and_eos(file, tokenizer, special, default_bos=kind == "llama")
+    words = _PRE_TOKENIZERS.get(file.get("tokenizer.ggml.pre", str, "default"))
+    _add_bos_and_eos(file, tokenizer, special, default_bos=kind == "llama" or (words is not None and words.bos))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         chat_template=file.metadata.get("tokenizer.chat_template"),
@@ -78,13 +96,16 @@ def _byte_level_bpe(file: GgufFile, tokens: list[str]) -> Tokenizer:
     pre = file.get("tokenizer.ggml.pre", str, "default")
     if pre not in _PRE_TOKENIZERS:
         raise UsageError(f"{file.path}: pre-tokenizer {pre} is not supported; known: {', '.join(_PRE_TOKENIZERS)}")
-    digits, pattern = _PRE_TOKENIZERS[pre]
+    words = _PRE_TOKENIZERS[pre]
     merges = [tuple(m.split(" ", 1)) for m in file.get("tokenizer.ggml.merges", list)]
-    tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
+    vocabulary = {t: i for i, t in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=words.whole))
+    if words.nfc:
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            *([pre_tokenizers.Digits(individual_digits=True)] if digits else []),
-            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            *([pre_tokenizers.Digits(individual_digits=True)] if words.digits else []),
+            pre_tokenizers.Split(Regex(words.pattern), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -140,7 +161,7 @@ def _add_bos_and_eos(file: GgufFile, tokenizer: Tokenizer, special: dict[str, st
         bos, eos = ([special[f"{n}_token"]] if wanted[n] else [] for n in ("bos", "eos"))
         tokenizer.post_processor = processors.TemplateProcessing(
             single=[*bos, "$A", *eos],
-            special_tokens=[(t, tokenizer.token_to_id(t)) for t in {*bos, *eos}],
+            special_tokens=[(t, tokenizer.token_to_id(t)) for t in dict.fromkeys([*bos, *eos])],
         )
 
 

@@ -9,7 +9,8 @@ import pytest
 import sentencepiece
 from conftest import byte_tokenizer, write_hf_llama
 from transformers import AutoTokenizer
-from zo_mlx.convert.gguf import GgufFile, write_hf_directory
+from zo_mlx.convert.gguf import write_hf_directory
+from zo_mlx.convert.gguf_file import GgufFile
 
 import zo_mlx
 from zo_mlx.errors import UsageError, ZoError
@@ -38,10 +39,12 @@ def _permuted(weight: np.ndarray, heads: int) -> np.ndarray:
     return out
 
 
-def write_gguf(hf: Path, path: Path, kind: Q = Q.F32, **metadata: object) -> dict[str, np.ndarray]:
-    """Write a tiny llama directory as GGUF; return its tensors as stored, by Hugging Face name."""
+def write_gguf(
+    hf: Path, path: Path, kind: Q = Q.F32, family: str = "llama", **metadata: object
+) -> dict[str, np.ndarray]:
+    """Write a tiny Hugging Face directory as GGUF; return its tensors as stored, by Hugging Face name."""
     config = json.loads((hf / "config.json").read_text())
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, family)
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -60,19 +63,25 @@ def write_gguf(hf: Path, path: Path, kind: Q = Q.F32, **metadata: object) -> dic
     writer.add_eos_token_id(257)
     writer.add_chat_template(tokenizer.chat_template)
     for key, value in metadata.items():
-        writer.add_key_value(key.replace("__", "."), value, gguf.GGUFValueType.get_type(value))
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+        if isinstance(value, np.ndarray):
+            writer.add_tensor(key.replace("__", "."), value)
+        else:
+            writer.add_key_value(key.replace("__", "."), value, gguf.GGUFValueType.get_type(value))
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.upper()], config["num_hidden_layers"])
     stored = {}
     for name, array in mx.load(str(hf / "model.safetensors")).items():
         weight = np.array(array.astype(mx.float32))
         stays_float = weight.ndim == 1
         data = weight if stays_float or kind == Q.F32 else gguf.quants.quantize(weight, kind)
         stored[name] = weight if data is weight else gguf.quants.dequantize(data, kind)
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            heads = config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
+        stem, _, end = name.rpartition(".")
+        if family == "llama" and stem.endswith(("q_proj", "k_proj")):
+            heads = config["num_attention_heads" if stem.endswith("q_proj") else "num_key_value_heads"]
             permuted = _permuted(weight, heads)
             data = permuted if kind == Q.F32 else gguf.quants.quantize(permuted, kind)
-        target = names.get_name(name.removesuffix(".weight")) + ".weight"
+        if family == "gemma3" and stem.endswith("norm"):
+            data = weight + 1
+        target = f"{names.get_name(stem)}.{end}"
         writer.add_tensor(target, data, raw_dtype=None if stays_float or kind == Q.F32 else kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -194,7 +203,9 @@ def test_truncated_files_are_refused(share: float, tmp_path: Path) -> None:
     [
         ({"general__architecture": "mamba"}, "architecture mamba is not supported"),
         ({"llama__expert_count": 8}, "mixtures of experts"),
-        ({"llama__rope__scaling__type": "yarn"}, "scaled rotary"),
+        ({"llama__rope__scaling__type": "yarn"}, "rope.scaling.factor is missing"),
+        ({"llama__rope__scaling__type": "x", "llama__rope__scaling__factor": 2.0}, "scaled by x are not"),
+        ({"llama__attention__key_length": 1}, "heads of 1 do not fit"),
         ({"llama__attention__head_count": 0}, "does not fit the tensors"),
         ({"llama__block_count": 10**9}, "does not fit the tensors"),
         ({"llama__block_count": 2}, "is not part of a llama model"),
