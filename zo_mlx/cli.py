@@ -18,6 +18,7 @@ from .convert.quantize import MODES, QUANT_RECIPES
 from .convert.select import Scope
 from .errors import UsageError, ZoError
 from .info import as_text, info
+from .plot import plot
 from .progress import print_line
 
 
@@ -115,6 +116,7 @@ def _add_generate(commands: Any) -> argparse.ArgumentParser:
 def _add_info(commands: Any) -> argparse.ArgumentParser:
     p = _command(commands, "info", _info, "Say what is in a model directory, an index or an adapter.")
     p.add_argument("path", help="Model directory, sensitive.safetensors, or adapter directory.")
+    p.add_argument("--plot", metavar="FILE", help="Draw where the sensitive weights sit (.png, .pdf or .svg).")
     return p
 
 
@@ -190,6 +192,8 @@ def _generate(args: argparse.Namespace) -> None:
 
 def _info(args: argparse.Namespace) -> None:
     found = info(args.path)
+    if args.plot:
+        plot(found, Path(args.plot))
     print(json.dumps(found) if args.json else as_text(found))
 
 

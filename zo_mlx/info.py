@@ -4,6 +4,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from . import adapter
 from .errors import UsageError
 from .files import load_safetensors, read_json, sha256
@@ -58,14 +60,21 @@ def _model(directory: Path) -> dict[str, Any]:
 
 
 def _layers(index: SensitiveIndex, shapes: dict[str, tuple[int, ...]], config: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of each layer of the index: its trainable weights, their scores, and the input columns that have any of them."""
     layers = []
     for path, tensor in index.tensors.items():
-        weights = math.prod(shapes.get(path, (0,))) * 32 // _bits(config, path)
+        *rows, packed = shapes.get(path, (0, 0))
+        width = packed * 32 // _bits(config, path)
+        weights = math.prod(rows) * width
+        known = weights > tensor.indices[-1]
+        expert, position = np.divmod(tensor.indices.astype(np.int64), rows[-1] * width if known else 1)
+        touched = len(np.unique(expert * width + position % width)) if known else 0
         layers.append(
             {
                 "path": path,
                 "trainable": tensor.size,
-                "density": tensor.size / weights if weights else None,
+                "density": tensor.size / weights if known else None,
+                "columns": touched / (math.prod(rows[:-1]) * width) if known else None,
                 "score": float(tensor.scores.sum()),
             }
         )
@@ -117,10 +126,10 @@ def as_text(found: dict[str, Any]) -> str:
     if layers:
         total = sum(layer["score"] for layer in layers) or math.nan
         width = max(len(layer["path"]) for layer in layers)
-        lines.append(f"{'layer':{width}}  trainable   density  share of the index's scores")
+        lines.append(f"{'layer':{width}}  trainable   density  columns  share of the index's scores")
         lines += [
             f"{layer['path']:{width}}  {layer['trainable']:9d}  {layer['density'] or math.nan:8.2e}  "
-            f"{layer['score'] / total:6.2%}"
+            f"{layer['columns'] or math.nan:7.2%}  {layer['score'] / total:6.2%}"
             for layer in layers
         ]
     return "\n".join(lines)

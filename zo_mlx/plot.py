@@ -1,0 +1,70 @@
+"""Draw where a model's sensitive weights sit: by layer, their number, their scores, and the columns they touch."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import UsageError
+from .files import write_atomically
+
+_FORMATS = (".png", ".pdf", ".svg")
+_TICKS = 12
+
+
+def plot(found: dict[str, Any], path: Path) -> None:
+    """Write a figure of a sensitive index.
+
+    Args:
+        found: what `info` says of a model directory.
+        path: a .png, .pdf or .svg file; must not exist.
+
+    Raises:
+        UsageError: there is no index, matplotlib is not installed, the file exists or is of another kind.
+        ZoError: it cannot be written.
+    """
+    if "index" not in found:
+        raise UsageError(f"{found['path']} has no sensitive index to plot")
+    if path.suffix not in _FORMATS:
+        raise UsageError(f"--plot {path}: the file's name must end with one of {', '.join(_FORMATS)}")
+    if path.exists():
+        raise UsageError(f"{path} already exists; name another file or remove it first")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UsageError("plotting needs matplotlib: pip install 'zo-mlx[plot]'") from None
+
+    layers = found["index"]["layers"]
+    places = [_place(layer["path"]) for layer in layers]
+    modules = list(dict.fromkeys(module for _, module in places))
+    blocks = 1 + max(block for block, _ in places)
+    total = sum(layer["score"] for layer in layers) or 1.0
+    panels = {
+        "Share of the layer's weights that are sensitive": [layer["density"] for layer in layers],
+        "Share of the sensitive weights' Fisher scores": [layer["score"] / total for layer in layers],
+        "Share of the layer's input columns with sensitive weights": [layer["columns"] for layer in layers],
+    }
+    height = 0.7 + 0.22 * len(modules)
+    figure = Figure(figsize=(max(6.0, 2.6 + 0.2 * blocks), 0.6 + height * len(panels)), layout="constrained")
+    name = Path(found["path"]).resolve().name
+    figure.suptitle(f"{name}: {found['index']['size']:,} sensitive weights of {found['index']['candidates']:,}")
+    for axes, (title, values) in zip(figure.subplots(len(panels), sharex=True), panels.items(), strict=True):
+        grid = np.full((len(modules), blocks), np.nan)
+        for (block, module), value in zip(places, values, strict=True):
+            # Layers of one name in one block (experts that are modules of their own) are added up.
+            row = modules.index(module)
+            grid[row, block] = np.nansum([grid[row, block], np.nan if value is None else value])
+        image = axes.imshow(grid, cmap="viridis_r", norm="log", aspect="auto", interpolation="nearest")
+        axes.set_title(title, fontsize="medium", loc="left")
+        axes.set_yticks(range(len(modules)), modules, fontsize="small")
+        axes.set_xticks(range(0, blocks, 1 + blocks // _TICKS))
+        figure.colorbar(image, ax=axes, format=lambda share, _: f"{100 * share:g}%")
+    axes.set_xlabel("block")
+    write_atomically(path, lambda p: figure.savefig(p, dpi=150))
+
+
+def _place(path: str) -> tuple[int, str]:
+    """A layer's block number and its name in the block: model.layers.3.mlp.up_proj -> 3, mlp.up_proj."""
+    match = re.search(r"(?:^|\.)(\d+)\.(.+)", path)
+    return (int(match[1]), match[2]) if match else (0, path)
