@@ -1,8 +1,9 @@
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from mlx_lm.models.switch_layers import SwitchLinear
 
-from zo_mlx.product import CPU_QUANTIZED_ROWS, on_cpu, prepare
+from zo_mlx.product import CPU_QUANTIZED_ROWS, dequantized, on_cpu, prepare
 
 
 @pytest.mark.skipif(not on_cpu(), reason="on a GPU MLX's own layers are used")
@@ -22,3 +23,12 @@ def test_cpu_products_equal_mlx_quantized_matmul(rows: int, dtype: mx.Dtype) -> 
         prepared = prepare(holder).layers[0]
         assert type(prepared) is not type(layer)
         assert mx.abs(getattr(prepared, call)(x) - expected).max() < 1e-4
+
+
+def test_experts_with_a_scale_each_are_dequantized() -> None:
+    mx.random.seed(0)
+    layer = SwitchLinear(64, 32, 3, bias=False)
+    layer.weight = layer.weight * mx.array([1.0, 10.0, 100.0])[:, None, None]
+    quantized = layer.to_quantized(16, 4, "nvfp4", global_scale=True)
+    error = mx.abs(dequantized(quantized) - layer.weight).max(axis=(1, 2)) / mx.abs(layer.weight).max(axis=(1, 2))
+    assert error.max().item() < 0.2  # E2M1 has nothing between 4 and 6: a sixth of the largest

@@ -38,15 +38,11 @@ def dequantized(layer: nn.Module) -> mx.array:
     """
     if "scales" not in layer:
         return layer.weight.astype(mx.float32)
-    return mx.dequantize(
-        layer.weight,
-        layer.scales,
-        layer.get("biases"),
-        group_size=layer.group_size,
-        bits=layer.bits,
-        mode=layer.mode,
-        dtype=mx.float32,
-    )
+    settings = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode, "dtype": mx.float32}
+    if (own := layer.get("global_scale")) is not None:  # experts in nvfp4 may have another scale each
+        parts = zip(layer.weight, layer.scales, own, strict=True)
+        return mx.stack([mx.dequantize(w, s, global_scale=g, **settings) for w, s, g in parts])
+    return mx.dequantize(layer.weight, layer.scales, layer.get("biases"), **settings)
 
 
 def _cpu_product(layer: nn.Module, x: mx.array) -> mx.array:

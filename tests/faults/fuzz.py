@@ -23,9 +23,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import write_jsonl
 from test_gguf import _hf, write_gguf
+from test_gguf_families import _original
+from zo_mlx.convert import blockwise
 
 from zo_mlx.cli import main
 
@@ -90,6 +94,9 @@ CASES: list[Case] = [
     ("hf/tokenizer_config.json", mutate_json, f"{_CONVERT} hf"),
     ("hf/model.safetensors.index.json", mutate_json, f"{_CONVERT} hf"),
     ("m.gguf", lambda p, r: mutate_bytes(p, r, 12000), f"{_CONVERT} m.gguf"),
+    ("gemma.gguf", lambda p, r: mutate_bytes(p, r, 12000), f"{_CONVERT} gemma.gguf"),
+    (".out.partial/scoring/gradient-3.safetensors", lambda p, r: mutate_bytes(p, r, 120), f"{_CONVERT} hf --resume"),
+    (".out.partial/conversion.json", lambda p, r: mutate_bytes(p, r, 2000), f"{_CONVERT} hf --resume"),
     ("model/config.json", mutate_json, f"convert {_SMALL} --hf-path model"),
     ("model/sensitive.safetensors", lambda p, r: mutate_bytes(p, r, 6000), f"{_TRAIN} out"),
     ("model/config.json", mutate_json, "info model"),
@@ -104,6 +111,18 @@ CASES: list[Case] = [
 ]
 
 
+def interrupt_conversion(work: Path) -> None:
+    """Leave a conversion of `hf` to `out` after its first gradient."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    os.chdir(work)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blockwise, "_score_block", stop)
+        main(f"{_CONVERT} hf".split())
+
+
 def prepare(work: Path) -> None:
     """The files that get mutated."""
     _hf(work / "hf")
@@ -111,6 +130,9 @@ def prepare(work: Path) -> None:
         json.dumps({"metadata": {}, "weight_map": {"model.norm.weight": "model.safetensors"}})
     )
     write_gguf(work / "hf", work / "m.gguf")
+    gemma = _original("gemma3", work / "gemma", head_dim=16, sliding_window=4, query_pre_attn_scalar=16)
+    write_gguf(gemma, work / "gemma.gguf", family="gemma3", gemma3__attention__sliding_window=4)
+    interrupt_conversion(work)
     zo_mlx.convert(
         str(work / "hf"), str(work / "model"), density=0.01, q_group_size=32, num_samples=1, sequence_length=16,
         progress=False,
