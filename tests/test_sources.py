@@ -9,11 +9,11 @@ import pytest
 from conftest import dense_weights, write_hf_llama
 from mlx.utils import tree_unflatten
 from test_convert import SMALL
-from zo_mlx.convert import sources
+from zo_mlx.convert import sources, write
 from zo_mlx.convert.sensitivity import calibration_sequences, fisher_scores
 
 import zo_mlx
-from zo_mlx.errors import UsageError
+from zo_mlx.errors import UsageError, ZoError
 from zo_mlx.index import read_index
 from zo_mlx.model import fingerprint
 
@@ -31,6 +31,23 @@ def test_a_hub_id_is_fetched_at_its_revision(tiny_hf: Path, tmp_path: Path, monk
     assert asked == [("someone/tiny", "v2")]
     report = json.loads((tmp_path / "out/convert.json").read_text())
     assert (report["source"], report["revision"]) == ("someone/tiny", "v2")
+
+
+def test_the_result_is_uploaded(tiny_hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uploads: list[tuple[str, str, bool]] = []
+
+    def upload(path: str, repo: str) -> None:
+        uploads.append((path, repo, Path(path, "sensitive.safetensors").exists()))
+        if repo == "someone/closed":
+            raise PermissionError("403 Forbidden: not yours")
+
+    monkeypatch.setattr(write, "upload_to_hub", upload)
+    out = str(tmp_path / "out")
+    zo_mlx.convert(str(tiny_hf), out, upload_repo="someone/new", **SMALL)
+    assert uploads == [(out, "someone/new", True)]
+    with pytest.raises(ZoError, match="is made, but cannot be uploaded to someone/closed: 403 Forbidden"):
+        zo_mlx.convert(out, str(tmp_path / "again"), upload_repo="someone/closed", **SMALL)
+    assert (tmp_path / "again/README.md").exists()
 
 
 def _no_config(path: Path) -> None:
