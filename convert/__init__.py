@@ -142,7 +142,10 @@ def convert(
         windows = perplexity_windows(source.tokenizer, measured) if measured is not None else None
         settings = {
             "files": {file.name: sha256(file) for file in source.files},
-            **dataclasses.asdict(quantization),
+            "q_bits": q_bits,
+            "q_group_size": q_group_size,
+            "q_mode": q_mode,
+            "quant_predicate": quant_predicate,
             "dtype": dtype,
             "density": density,
             "scope": scope,

@@ -26,10 +26,10 @@ _TOKENS, _WINDOWS = 512, 64
 
 @dataclass
 class Perplexity:
-    """exp of the mean next-token cross-entropy over sequences, and its standard error (delta method)."""
+    """exp of the mean next-token cross-entropy over sequences, and its standard error (delta method), if several."""
 
     perplexity: float
-    standard_error: float
+    standard_error: float | None
 
 
 def perplexity_windows(tokenizer: TokenizerWrapper, text: str) -> np.ndarray:
@@ -85,8 +85,8 @@ def perplexity(
             for _ in whole.layers:
                 advance()
     mean = math.exp(min(float(np.mean(losses)), 700))
-    error = float(np.std(losses, ddof=1)) / math.sqrt(len(losses)) if len(losses) > 1 else math.nan
-    return Perplexity(mean, mean * error)
+    error = mean * float(np.std(losses, ddof=1)) / math.sqrt(len(losses)) if len(losses) > 1 else None
+    return Perplexity(mean, error)
 
 
 def with_sensitive_weights(model: nn.Module, index: SensitiveIndex) -> nn.Module:
