@@ -58,8 +58,10 @@ class SparseLinear(nn.Module):
     def _make_difference(self) -> mx.array:
         """D transposed: (P, |U|, out)."""
         assert self._values is not None
-        difference = mx.zeros((len(self._values), self._columns.size * self._out))
-        difference[:, self._slots] = self._values - self._base_values
+        zeros = mx.zeros((len(self._values), self._columns.size * self._out))
+        # Four times as fast on the CPU as an assignment to difference[:, slots].
+        slots = mx.broadcast_to(self._slots, self._values.shape)
+        difference = mx.put_along_axis(zeros, slots, self._values - self._base_values, axis=1)
         return difference.reshape(-1, self._columns.size, self._out)
 
     def __call__(self, x: mx.array) -> mx.array:
