@@ -22,17 +22,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
+from shapes import SHAPES, make_model
 from zo_mlx.convert.blockwise import blockwise_fisher_scores
 from zo_mlx.convert.checkpoint import Checkpoint
 from zo_mlx.convert.sensitivity import DEFAULT_TEXT, calibration_sequences, fisher_scores
 from zo_mlx.convert.sources import open_source
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import byte_tokenizer
-
-# hidden size, inner size, blocks, attention heads, key-value heads, vocabulary
-SHAPES = {"tinyllama": (2048, 5632, 22, 32, 4, 32000), "llama2-7b": (4096, 11008, 32, 32, 32, 32000)}
 
 
 def compare(source_path: str, num_samples: int, repeats: int) -> None:
@@ -66,41 +60,6 @@ def compare(source_path: str, num_samples: int, repeats: int) -> None:
         print(f"{name:16}{statistics.median(own):8.1f} s   MLX's peak {peaks[name] / 2**30:.2f} GiB")
     ratios = [a / b for a, b in zip(seconds["block by block"], seconds["in memory"], strict=True)]
     print(f"ratio {statistics.median(ratios):.2f}")
-
-
-def make_model(path: Path, shape: str) -> None:
-    """Write a llama of random bfloat16 weights, a block to a file."""
-    hidden, inner, blocks, heads, kv_heads, vocabulary = SHAPES[shape]
-    path.mkdir()
-    byte_tokenizer().save_pretrained(path)
-    config = {
-        "model_type": "llama", "hidden_size": hidden, "num_hidden_layers": blocks, "max_position_embeddings": 2048,
-        "intermediate_size": inner, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
-        "rms_norm_eps": 1e-5, "vocab_size": vocabulary, "torch_dtype": "bfloat16", "tie_word_embeddings": False,
-    }  # fmt: skip
-    (path / "config.json").write_text(json.dumps(config))
-    rng = np.random.default_rng(0)
-
-    def random(rows: int, columns: int) -> mx.array:
-        return mx.array(rng.standard_normal((rows, columns), np.float32) / columns**0.5).astype(mx.bfloat16)
-
-    kv = hidden // heads * kv_heads
-    matrices = {
-        "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden),
-        "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }  # fmt: skip
-    for i in range(blocks):
-        tensors = {f"model.layers.{i}.{name}.weight": random(*size) for name, size in matrices.items()}
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"model.layers.{i}.{norm}.weight"] = mx.ones(hidden, mx.bfloat16)
-        mx.save_safetensors(str(path / f"model-{i:05d}.safetensors"), tensors, {"format": "mlx"})
-    ends = {
-        "model.embed_tokens.weight": random(vocabulary, hidden),
-        "lm_head.weight": random(vocabulary, hidden),
-        "model.norm.weight": mx.ones(hidden, mx.bfloat16),
-    }
-    mx.save_safetensors(str(path / "model-99999.safetensors"), ends, {"format": "mlx"})
 
 
 CHILD = """

@@ -1,10 +1,13 @@
-"""Time of a training step against one stacked forward pass of the same rows through the same base model.
+"""Time and memory of a training step, against forward passes of the same rows, and against other ways to train.
 
-    python tests/benchmarks/step.py [--model demo/model] [--data examples/support] [--json FILE]
+    python tests/benchmarks/step.py [--model demo/model|tinyllama] [--data examples/support] [--others] [--json FILE]
 
 All arms run in one process, in alternation, on the same batches; the table gives medians, and the ratio is the median
-of the ratios of neighbours. `floor` computes logits at the target positions only, as the step does; `full` computes
-logits everywhere, as calling the model does.
+of the ratios of neighbours. `floor` is one stacked pass of the base model with logits at the target positions only,
+as in the step; `full` computes logits everywhere, as calling the model does. With `--others` all arms compute with
+dense float32 weights, dequantized once: `mezo` perturbs all weights in place, `mezo-sparse` the sensitive ones, both
+with two passes of one direction; `lora` is mlx-lm's step (all layers, rank 8, Adam), also with its gradient
+checkpointing.
 """
 
 import zo_mlx  # isort: skip  # noqa: F401  (first, so that MLX gets a fast BLAS)
@@ -12,18 +15,27 @@ import zo_mlx  # isort: skip  # noqa: F401  (first, so that MLX gets a fast BLAS
 import argparse
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
+import numpy as np
+from baselines import Mezo, checkpointed, dense_model, lora_step
+from shapes import SHAPES, make_quantized_model
 
 from zo_mlx.config import TrainConfig, resolved
-from zo_mlx.data import batch_order, load_dataset
+from zo_mlx.data import Dataset, Example, Target, batch_order, load_dataset
 from zo_mlx.head import split_head
+from zo_mlx.index import read_index
 from zo_mlx.model import load_sparse
 from zo_mlx.objective import collate, scores
+from zo_mlx.sparse import SparseModel
 from zo_mlx.step import make_loss, make_optimizer, step
+
+Arms = dict[str, Callable[[list[Any], int], object]]
 
 
 def measure(run: Callable[[], object]) -> tuple[float, int]:
@@ -36,53 +48,115 @@ def measure(run: Callable[[], object]) -> tuple[float, int]:
     return time.perf_counter() - started, mx.get_peak_memory() - before
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="demo/model")
-    parser.add_argument("--data", default="examples/support")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--directions", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--json", metavar="FILE")
-    args = parser.parse_args()
-
-    sparse, tokenizer, index, _ = load_sparse(Path(args.model))
+def own_arms(sparse: SparseModel, config: TrainConfig, values: mx.array) -> Arms:
+    """Our step and the passes it is made of."""
     head = split_head(sparse.model)
-    dataset = load_dataset(Path(args.data) / "train.jsonl", tokenizer, 2048)
-    config = resolved(TrainConfig(batch_size=args.batch_size, directions=args.directions))
-    loss, optimizer, values = make_loss(sparse, head), make_optimizer(config), index.initial_values()
+    loss, optimizer = make_loss(sparse, head), make_optimizer(config)
     optimizer.init({"values": values})
     state = optimizer.state
-    order = batch_order(dataset.examples, args.batch_size, seed=0, epoch=0)
 
-    times: dict[str, list[float]] = {"step": [], "floor": [], "full": []}
-    memory: dict[str, list[int]] = {name: [] for name in times}
+    def base(run: Callable[[list[Any]], object]) -> Callable[[list[Any], int], object]:
+        def arm(examples: list[Any], number: int) -> None:
+            sparse.set_values(None)
+            mx.eval(run([examples, examples]))
+
+        return arm
+
+    return {
+        "step": lambda examples, n: mx.eval(step(loss, optimizer, values, state, examples, n + 1, config)[0]),
+        "floor": base(lambda shares: scores(head, collate(shares))),
+        "full": base(lambda shares: sparse.model(collate(shares).tokens)),
+    }
+
+
+def other_arms(path: Path) -> Arms:
+    """The classic loops and LoRA; each with a model of its own."""
+    arms: Arms = {}
+    for name, index in (("mezo", None), ("mezo-sparse", read_index(path))):
+        model = dense_model(path)
+        loop = Mezo(model, split_head(model), index)
+        arms[name] = lambda examples, n, loop=loop: loop.step(examples, n)  # type: ignore[misc]
+    lora_model = dense_model(path)
+    lora = lora_step(lora_model)
+
+    def lora_checkpointed(examples: list[Any], number: int) -> None:
+        with checkpointed(lora_model):
+            lora(examples)
+
+    return {**arms, "lora": lambda examples, n: lora(examples), "lora-ckpt": lora_checkpointed}
+
+
+def random_examples(dataset: Dataset, vocabulary: int) -> list[Example]:
+    """Random tokens for a random model, whose tokenizer knows bytes only: one for every four bytes."""
+    rng = np.random.default_rng(0)
+    examples = []
+    for example in dataset.examples:
+        row = rng.integers(0, vocabulary, max(1, len(example.rows[0]) // 4)).tolist()
+        targets = [[Target(0, len(row) - 1, token)] for token in (5, 6)]
+        examples.append(Example([row], targets, label=int(rng.integers(2)), choices=("a", "b")))
+    return examples
+
+
+def run(path: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Measure all arms on a model directory."""
+    sparse, tokenizer, index, config = load_sparse(path)
+    dataset = load_dataset(Path(args.data) / "train.jsonl", tokenizer, 2048)
+    examples = random_examples(dataset, config["vocab_size"]) if args.model in SHAPES else dataset.examples
+    if args.others:
+        sparse = SparseModel(dense_model(path), index)
+    settings = resolved(TrainConfig(batch_size=args.batch_size, directions=args.directions))
+    arms = own_arms(sparse, settings, index.initial_values())
+    if args.others:
+        arms = {name: arm for name, arm in arms.items() if name != "full"} | other_arms(path)
+    order = batch_order(examples, args.batch_size, seed=0, epoch=0)
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    memory: dict[str, list[int]] = {name: [] for name in arms}
+    tokens = []
     for number in range(args.repeats + 1):
-        examples = [dataset.examples[i] for i in order[number % len(order)]]
-        batch = collate([examples, examples])
-        arms: dict[str, Callable[[], object]] = {
-            "step": lambda e=examples, n=number: mx.eval(step(loss, optimizer, values, state, e, n + 1, config)[0]),
-            "floor": lambda b=batch: mx.eval(scores(head, b)),
-            "full": lambda b=batch: mx.eval(sparse.model(b.tokens)),
-        }
-        for name, run in arms.items():
-            if name != "step":
-                sparse.set_values(None)
-            seconds, peak = measure(run)
+        batch = [examples[i] for i in order[number % len(order)]]
+        for name, arm in arms.items():
+            seconds, peak = measure(lambda a=arm, n=number, b=batch: a(b, n))  # type: ignore[misc]
             if number:  # the first round warms up
                 times[name].append(seconds)
                 memory[name].append(peak)
+        if number:
+            tokens.append(sum(len(row) for e in batch for row in e.rows))
         print(f"  {number}/{args.repeats}", end="\r", flush=True)
+    return {"tokens": tokens, "seconds": times, "peak_bytes": memory}
 
-    print(f"{args.model}, {args.data}, batch {args.batch_size}, {args.directions} directions, {mx.default_device()}")
-    print(f"{'':8}{'median s':>10}{'step / this':>14}{'peak MB':>10}")
-    results = {}
-    for name in times:
-        ratio = statistics.median(a / b for a, b in zip(times["step"], times[name], strict=True))
-        results[name] = {"seconds": times[name], "step_ratio": ratio, "peak_bytes": max(memory[name])}
-        print(f"{name:8}{statistics.median(times[name]):10.3f}{ratio:14.3f}{max(memory[name]) / 1e6:10.1f}")
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="demo/model", help="a model directory, or the name of a shape")
+    parser.add_argument("--data", default="examples/support")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--directions", type=int)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--others", action="store_true", help="against MeZO and LoRA, on dense weights")
+    parser.add_argument("--json", metavar="FILE")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(args.model)
+        if args.model in SHAPES:
+            path = Path(scratch, args.model)
+            make_quantized_model(path, args.model)
+        found = run(path, args)
+
+    weights = "dense float32 weights" if args.others else "quantized weights"
+    mean = statistics.mean(found["tokens"]) / args.batch_size
+    print(f"{args.model}, {weights}, {args.data}, {args.batch_size} rows of {mean:.0f} tokens, {mx.default_device()}")
+    print(f"{'':12}{'median s':>10}{'tokens/s':>10}{'step / this':>13}{'peak MB':>10}{'step / this':>13}")
+    step_peak = max(found["peak_bytes"]["step"])
+    for name, seconds in found["seconds"].items():
+        ratio = statistics.median(a / b for a, b in zip(found["seconds"]["step"], seconds, strict=True))
+        rate = statistics.median(t / s for t, s in zip(found["tokens"], seconds, strict=True))
+        peak = max(found["peak_bytes"][name])
+        print(
+            f"{name:12}{statistics.median(seconds):10.3f}{rate:10.0f}{ratio:13.3f}{peak / 1e6:10.1f}"
+            f"{step_peak / peak:13.3f}"
+        )
     if args.json:
-        Path(args.json).write_text(json.dumps({**vars(args), "results": results}))
+        Path(args.json).write_text(json.dumps({**vars(args), **found}))
 
 
 if __name__ == "__main__":
