@@ -9,6 +9,7 @@ the report are the same, byte by byte.
 
 import argparse
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -34,7 +35,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng = random.Random(args.seed)
-    different = kills = 0
+    different = kills = outputs = 0
     with tempfile.TemporaryDirectory() as scratch:
         whole = Path(scratch, "whole")
         started = time.monotonic()
@@ -43,7 +44,8 @@ def main() -> int:
         seconds = time.monotonic() - started
         print(f"uninterrupted: {seconds:.1f} s")
         while kills < args.kills:
-            out = Path(scratch, f"out{kills}")
+            out = Path(scratch, f"out{outputs}")
+            outputs += 1
             while not out.exists():
                 process = start(args.source, out, "--resume")
                 moment = rng.uniform(0, 1.1 * seconds) if kills < args.kills else 600
@@ -57,9 +59,11 @@ def main() -> int:
                     kills += 1
                     files = sorted(f.name for f in out.with_name(f".{out.name}.partial").rglob("*.safetensors"))
                     print(f"kill {kills} after {moment:.1f} s: {len(files)} files, {files[-1] if files else 'none'}")
-            different += (same := contents(out) != contents(whole))
-            print("the output differs" if same else "the same output")
-    print(f"{kills} kills, {different} outputs differ")
+            same = contents(out) == contents(whole)
+            different += not same
+            print("the same output" if same else "the output differs", flush=True)
+            shutil.rmtree(out)
+    print(f"{kills} kills, {different} of {outputs} outputs differ")
     return 1 if different else 0
 
 
