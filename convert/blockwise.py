@@ -7,8 +7,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..blocks import BlockwiseModel, opened, run_blocks
 from ..product import weight_shape
-from .blocks import BlockwiseModel, opened, run_blocks
 from .checkpoint import Checkpoint
 from .gradients import Tape, taped
 from .sensitivity import scored_layers, sequence_loss

@@ -12,12 +12,12 @@ import numpy as np
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ..blocks import BlockwiseModel, opened, run_blocks
 from ..errors import UsageError
 from ..index import SensitiveIndex
 from ..model import load_stock_model
 from ..product import SWITCH_LAYERS, dequantized, prepare, weight_shape
 from ..progress import Progress
-from .blocks import BlockwiseModel, opened, run_blocks
 from .sensitivity import sequence_loss, token_windows
 
 # As in `mlx_lm.perplexity`; more windows would say little more.

@@ -10,11 +10,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..blocks import BlockwiseModel, opened
 from ..errors import UsageError
 from ..index import SensitiveTensor
 from ..product import dequantized, weight_shape
 from ..progress import Progress
-from .blocks import BlockwiseModel, opened
 from .blockwise import blockwise_fisher_scores
 from .checkpoint import Candidates, Checkpoint
 from .select import Scope, Selector
@@ -141,7 +141,7 @@ def _warn_of_memory(source: Source) -> None:
 def checkpoint_bytes(open_model: Callable[[], nn.Module], sequences: np.ndarray) -> int:
     """Bytes on disk of what goes into and comes back from each block, for all sequences."""
     with opened(open_model) as model:
-        return (len(model.blocks) + 1) * len(sequences) * model.embed(mx.array(sequences[:1, :-1])).nbytes
+        return (len(model.blocks) + 1) * len(sequences) * model.inputs(mx.array(sequences[:1, :-1]), 0).nbytes
 
 
 def gather(

@@ -18,9 +18,9 @@ import pytest
 from conftest import byte_tokenizer
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchLinear
-from zo_mlx.convert.blocks import BlockwiseModel
 from zo_mlx.convert.sensitivity import DEFAULT_TEXT, calibration_sequences
 
+from zo_mlx.blocks import BlockwiseModel
 from zo_mlx.index import read_index
 from zo_mlx.journal import Journal
 

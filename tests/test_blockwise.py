@@ -7,12 +7,12 @@ import pytest
 from conftest import write_hf_llama
 from mlx_lm.models import llama
 from zo_mlx.convert import blockwise
-from zo_mlx.convert.blocks import BlockwiseModel
 from zo_mlx.convert.blockwise import blockwise_fisher_scores
 from zo_mlx.convert.checkpoint import Checkpoint
 from zo_mlx.convert.sensitivity import fisher_scores
 
 import zo_mlx
+from zo_mlx.blocks import BlockwiseModel
 from zo_mlx.model import load_stock_model
 
 SEQUENCES = np.random.default_rng(0).integers(0, 250, (3, 20)).astype(np.int32)

@@ -8,10 +8,10 @@ import pytest
 from conftest import write_hf_llama
 from test_files import run_on_full_disk
 from zo_mlx.convert import checkpoint, write
-from zo_mlx.convert.blocks import BlockwiseModel
 
 import zo_mlx
 from zo_mlx import files, index
+from zo_mlx.blocks import BlockwiseModel
 from zo_mlx.errors import Interrupted, UsageError, ZoError
 
 SMALL = {"num_samples": 2, "sequence_length": 16, "density": 0.02, "progress": False}

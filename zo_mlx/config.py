@@ -31,6 +31,10 @@ class TrainConfig:
     adapter_path: str = _setting("adapters", "Directory for the result.")
     seed: int = _setting(0, "Decides data order and directions.", least=0)
     batch_size: int = _setting(16, "Examples per step.", least=1)
+    num_layers: int = _setting(-1, "Train the sensitive weights of this many last blocks, -1 for all.", least=-1)
+    cache_prefix: float | None = _setting(
+        None, "GB of the untrained first blocks' results to keep for later epochs.", least=0
+    )
     iters: int = _setting(1000, "Steps to train for.", least=0)
     learning_rate: float | None = _setting(
         None, "Initial learning rate, falls by 0.1% a step; default: 3e-5 times the directions.", least=0
@@ -76,6 +80,8 @@ class TrainConfig:
                 check_range(f.name, value, least, sys.float_info.max if kind is float else _MOST)
             if (choices := f.metadata.get("choices")) and value not in choices:
                 raise UsageError(f"{f.name} must be one of {', '.join(choices)}, not {value}")
+        if self.num_layers == 0:
+            raise UsageError("num_layers must be at least 1, or -1 for all, not 0")
         if self.directions is not None:
             self.directions = math.gcd(self.directions, self.batch_size)
         if self.lr_schedule is not None:

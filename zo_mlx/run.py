@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from . import adapter, journal
+from .blocks import BlockwiseModel
 from .config import TrainConfig, resolved
 from .data import Dataset, batch_order, load_dataset
 from .errors import Interrupted, UsageError, ZoError
@@ -19,6 +20,7 @@ from .files import reporting_disk_errors, sha256
 from .head import split_head
 from .index import FILE_NAME as INDEX
 from .model import context_length, load_sparse
+from .prefix import Prefix
 from .progress import Progress
 from .step import make_loss, make_optimizer, replay, step
 
@@ -82,7 +84,11 @@ class Run:
             "tokenized training set": self.train_set.fingerprint(),  # tokenizer and chat template take part in it
         }
         self.optimizer = make_optimizer(config)
-        self.values = index.initial_values()
+        self.all_values = index.initial_values()
+        blocks = len(self.sparse.model.layers)
+        last = blocks if config.num_layers == -1 else config.num_layers
+        self.trained = mx.array(self.sparse.train_last(last, self.all_values))
+        self.values = self.all_values[self.trained]
         self.optimizer.init({"values": self.values})
         self.state = self.optimizer.state
         self.done = 0
@@ -118,8 +124,8 @@ class Run:
             snapshot = None  # the journal alone suffices
         if snapshot and snapshot.journal == past.identity and snapshot.step <= len(past.records):
             state = adapter.read_optimizer_state(self.directory, snapshot, like=self.state)
-            if state is not None and snapshot.values.shape == self.values.shape:
-                self.values, self.state, self.done = snapshot.values, state, snapshot.step
+            if state is not None and snapshot.values.shape == self.all_values.shape:
+                self.values, self.state, self.done = snapshot.values[self.trained], state, snapshot.step
         self.values, self.state = replay(
             self.optimizer, self.values, self.state, past.records[self.done :], self.config
         )
@@ -133,6 +139,17 @@ class Run:
             self.epoch = epoch, order
         return [self.train_set.examples[i] for i in self.epoch[1][position]]
 
+    def prefix(self) -> Prefix | None:
+        """What computes the blocks before the first trained one, if there are any."""
+        first, size = self.sparse.first_block, self.config.cache_prefix
+        if first == 0:
+            return None
+        blocks = BlockwiseModel(self.sparse.model)
+        if blocks.is_chain():
+            return Prefix(blocks, first, None if size is None else int(size * 1e9))
+        self.warn("the model's blocks are not a plain chain: the untrained ones are computed for every branch")
+        return None
+
     def evaluate(self, dataset: Dataset, batches: int) -> Evaluation:
         self.sparse.set_values(self.values[None])
         return evaluate_dataset(self.head, dataset, self.config.batch_size, batches, self.progress)
@@ -145,7 +162,8 @@ class Run:
         return result
 
     def save(self) -> None:
-        snapshot = adapter.Snapshot(self.done, self.journal.identity, self.model_prints, self.values)
+        values = mx.put_along_axis(self.all_values, self.trained, self.values, axis=0)
+        snapshot = adapter.Snapshot(self.done, self.journal.identity, self.model_prints, values)
         adapter.write_snapshot(self.directory, snapshot, self.state)
 
     def go(self) -> TrainResult:
@@ -154,7 +172,7 @@ class Run:
         weights = mx.get_active_memory()
         before = after = self.validate()
         mx.reset_peak_memory()
-        loss = make_loss(self.sparse, self.head)
+        loss = make_loss(self.sparse, self.head, self.prefix())
         meter = Meter()
         peak = 0
         try:

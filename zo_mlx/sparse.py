@@ -122,6 +122,40 @@ class SparseModel:
         """K, the number of trainable weights."""
         return self._ends[-1]
 
+    def train_last(self, blocks: int, values: mx.array) -> np.ndarray:
+        """Let only the last blocks be trained from now on; the others' sensitive weights are set for good.
+
+        Args:
+            blocks: how many of the last blocks; those that are not there do not matter.
+            values: (K,) float32 of all layers.
+
+        Returns:
+            (K',) positions in `values` of those that are still to be set: K' is the new `size`.
+
+        Raises:
+            UsageError: none of the blocks has any trainable weights.
+        """
+        starts = [0, *self._ends[:-1]]
+        pieces = list(zip(self._layers, starts, self._ends, strict=True))
+        first = len(self.model.layers) - blocks
+        kept = [piece for piece in pieces if self._block_of(piece[0]) >= first]
+        if not kept:
+            raise UsageError(f"--num-layers {blocks}: the last {blocks} blocks have no sensitive weights")
+        for layer, start, end in pieces:
+            if self._block_of(layer) < first:
+                layer.set_values(values[None, start:end])
+        self._layers = [layer for layer, _, _ in kept]
+        self._ends = np.cumsum([end - start for _, start, end in kept]).tolist()
+        return np.concatenate([np.arange(start, end) for _, start, end in kept])
+
+    @property
+    def first_block(self) -> int:
+        """The number of the first block with trainable weights."""
+        return min(self._block_of(layer) for layer in self._layers)
+
+    def _block_of(self, layer: nn.Module) -> int:
+        return next(i for i, block in enumerate(self.model.layers) if any(m is layer for m in block.modules()))
+
     def set_values(self, values: mx.array | None) -> None:
         """Set the values of P branches, (P, K) float32; None computes with the base model alone."""
         if values is None:

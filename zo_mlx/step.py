@@ -1,5 +1,6 @@
 """One training step: a function of values, optimizer state, examples, step number and settings."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,14 +16,18 @@ from .data import Example
 from .head import Head
 from .journal import Record
 from .objective import branch_losses, collate, scores
+from .prefix import Prefix
 from .sparse import SparseModel
 
 State = dict[str, Any]
 Loss = Callable[[mx.array, Sequence[Example]], mx.array]
 
 
-def make_loss(sparse: SparseModel, head: Head) -> Loss:
+def make_loss(sparse: SparseModel, head: Head, prefix: Prefix | None = None) -> Loss:
     """The losses of the branches of a step.
+
+    Args:
+        prefix: computes what the branches have in common, where there is such a thing.
 
     Returns:
         A function of (2q, K) values and the step's examples to (2q,) losses. The examples are dealt out to the q
@@ -36,10 +41,12 @@ def make_loss(sparse: SparseModel, head: Head) -> Loss:
         at_once = len(values) if sparse.stackable else 1
         losses = []
         for start in range(0, len(values), at_once):
-            batch = collate(shares[start : start + at_once])
+            group = shares[start : start + at_once]
+            batch = collate(group)
             sparse.set_values(values[start : start + at_once])
-            losses.append(branch_losses(scores(head, batch), batch, tokens))
-            mx.eval(losses[-1])
+            with prefix.skipped(batch.tokens, group) if prefix else contextlib.nullcontext():
+                losses.append(branch_losses(scores(head, batch), batch, tokens))
+                mx.eval(losses[-1])
         return mx.concatenate(losses)
 
     return loss

@@ -4,6 +4,7 @@ No architecture is spelled out here. The model itself is called, each time, and 
 (masks, positions, inputs per layer); the blocks that are not wanted hand on what they get.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..product import prepare
+from .product import prepare
 
 # block number, the block's own __call__, first argument, other arguments -> what the block returns to the model
 Hook = Callable[[int, Callable[..., mx.array], mx.array, tuple[Any, ...], dict[str, Any]], mx.array]
@@ -61,20 +62,40 @@ class BlockwiseModel:
 
         return type(kind.__name__, (kind,), {"__call__": call})
 
-    def _run(self, tokens: mx.array, hook: Hook) -> mx.array:
-        self._hook = hook
+    @contextlib.contextmanager
+    def _hooked_by(self, hook: Hook) -> Iterator[None]:
+        before, self._hook = self._hook, hook
         try:
-            return self.model(tokens)
-        except _Done as done:
-            return done.result
+            yield
+        finally:
+            self._hook = before
 
-    def embed(self, tokens: mx.array) -> mx.array:
-        """The first block's input: (B, T) int32 tokens -> (B, T, H)."""
+    def _run(self, tokens: mx.array, hook: Hook) -> mx.array:
+        with self._hooked_by(hook):
+            try:
+                return self.model(tokens)
+            except _Done as done:
+                return done.result
+
+    def inputs(self, tokens: mx.array, number: int) -> mx.array:
+        """What goes into a block: (B, T) int32 tokens -> (B, T, H)."""
 
         def hook(i: int, call: Any, x: mx.array, args: Any, kwargs: Any) -> mx.array:
-            raise _Done(x)
+            if i == number:
+                raise _Done(x)
+            return call(x, *args, **kwargs)
 
         return self._run(tokens, hook)
+
+    def starting_at(self, number: int, x: mx.array) -> contextlib.AbstractContextManager[None]:
+        """While it lasts, calls of the model leave out the blocks before one, which gets x (B, T, H)."""
+
+        def hook(i: int, call: Any, passed: mx.array, args: Any, kwargs: Any) -> mx.array:
+            if i < number:
+                return passed
+            return call(x if i == number else passed, *args, **kwargs)
+
+        return self._hooked_by(hook)
 
     def block(self, number: int, tokens: mx.array, x: mx.array) -> mx.array:
         """The output of one block: its input x (B, T, H) -> (B, T, H)."""
@@ -149,7 +170,7 @@ def run_blocks(
     with opened(open_model) as model:
         blocks = len(model.blocks)
         if states is None:
-            states = [model.embed(row[None, :-1]) for row in rows]
+            states = [model.inputs(row[None, :-1], 0) for row in rows]
             mx.eval(states)
             yield first, states
     for i in range(first, blocks):
