@@ -22,7 +22,7 @@ from .checkpoint import Checkpoint
 from .perplexity import before_and_after, perplexity_windows
 from .quantize import Quantization, clip_sensitive
 from .scoring import Stopwatch, checkpoint_bytes, gather, rank
-from .select import Scope
+from .select import Scope, check_choice
 from .sensitivity import DEFAULT_TEXT, calibration_sequences
 from .sources import open_source
 from .workspace import workspace
@@ -125,6 +125,7 @@ def convert(
     if memory_limit is not None:
         check_range("--memory-limit", memory_limit, 1e-3)
     limit = int(memory_limit * 1e9) if memory_limit else None
+    check_choice(density, scope)
     quantization = Quantization(q_bits, q_group_size, q_mode, quant_predicate)
     text_path = Path(calibration_data) if calibration_data else DEFAULT_TEXT
     text = _read_text(text_path)
@@ -139,6 +140,9 @@ def convert(
                 "do not apply"
             )
         sequences = calibration_sequences(source.tokenizer, text, num_samples, sequence_length, seed)
+        vocabulary = source.config.get("vocab_size")
+        if isinstance(vocabulary, int) and sequences.max() >= vocabulary:
+            raise UsageError(f"{hf_path}: the tokenizer has token {sequences.max()}, the model only {vocabulary}")
         windows = perplexity_windows(source.tokenizer, measured) if measured is not None else None
         settings = {
             "files": {file.name: sha256(file) for file in source.files},
@@ -159,17 +163,17 @@ def convert(
             },
             "zo_mlx": __version__,
             "mlx": version("mlx"),
+            "mlx_lm": version("mlx-lm"),
+            "device": str(mx.default_device()),
         }
-        work.begin(settings)
+        work.begin({**settings, "tokens": hashlib.sha256(sequences.tobytes()).hexdigest()})
         model, config = source.open_model(), source.config
         if not source.quantized:
             model, config = quantization.apply(model, config)
         work.check_space(model_bytes(model) + checkpoint_bytes(source.open_model, sequences))
         del model
         watch = Stopwatch()
-        ranking = rank(
-            source, sequences, density, scope, limit, Checkpoint(work.directory / "scoring"), watch, progress
-        )
+        ranking = rank(source, sequences, density, scope, limit, Checkpoint(work.scoring), watch, progress)
         index = SensitiveIndex(gather(source.open_model(), ranking.chosen, progress))
         watch.lap("select")
         if source.quantized:

@@ -99,6 +99,11 @@ class Checkpoint:
         self._noted.clear()
         self._path("input", number).unlink(missing_ok=True)
 
+    def clear(self) -> None:
+        """Forget everything: there is nothing to go on with."""
+        for file in self._directory.iterdir():
+            file.unlink()
+
     def candidates(self) -> dict[str, Candidates]:
         """Those of all finished blocks, by layer, from the last block to the first."""
         found = {}

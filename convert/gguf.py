@@ -11,7 +11,8 @@ from .gguf_families import family_of, hf_config, hf_name, hf_tensor
 from .gguf_file import GgufFile
 from .gguf_tokenizer import build_tokenizer
 
-SHARD_BYTES = 1 << 30
+# What is held in memory, besides a tensor in float32.
+SHARD_BYTES = 64 << 20
 
 
 def write_hf_directory(path: Path, out: Path, dtype: str | None = None) -> None:

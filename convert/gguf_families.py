@@ -100,7 +100,10 @@ def hf_config(file: GgufFile) -> dict[str, Any]:
 
     if number("expert_count", 0):
         raise UsageError(f"{file.path}: mixtures of experts are not supported from GGUF")
-    vocabulary, width = file.shape("token_embd.weight")
+    embedding = file.shape("token_embd.weight")
+    vocabulary, width = embedding if len(embedding) == 2 else (0, 0)
+    if len(file.get("tokenizer.ggml.tokens", list)) > vocabulary:
+        raise UsageError(f"{file.path}: token_embd.weight of shape {embedding} has not a row for every token")
     heads, blocks = number("attention.head_count", kind=int), number("block_count", kind=int)
     if width != number("embedding_length", kind=int) or not 0 < heads <= width or not 0 < blocks <= len(file.names):
         raise UsageError(
@@ -131,7 +134,9 @@ def hf_config(file: GgufFile) -> dict[str, Any]:
         "mlp_bias": "blk.0.ffn_up.bias" in file.names,
         "hidden_act": "silu",
     }
-    if scaling := _rope_scaling(file, number, head_dim):
+    if not config["rope_theta"] > 1:
+        raise UsageError(f"{file.path}: rope.freq_base {config['rope_theta']} must be above 1")
+    if scaling := _rope_scaling(file, family, number, config):
         config["rope_scaling"] = scaling
     if family.model_type == "gemma3_text":
         config |= {
@@ -150,22 +155,31 @@ def hf_config(file: GgufFile) -> dict[str, Any]:
     return config
 
 
-def _rope_scaling(file: GgufFile, number: Any, head_dim: int) -> dict[str, Any] | None:
+def _rope_scaling(file: GgufFile, family: Family, number: Any, config: dict[str, Any]) -> dict[str, Any] | None:
     if "rope_freqs.weight" in file.names:
-        return _llama3_scaling(file, number("rope.freq_base", 10000.0), head_dim)
-    if "rope_factors_long.weight" in file.names:
+        return _llama3_scaling(file, config["rope_theta"], config["head_dim"])
+    is_phi3 = family.model_type == "phi3"
+    if is_phi3 and "rope_factors_long.weight" in file.names:
         long, short = (file.tensor(f"rope_factors_{kind}.weight").tolist() for kind in ("long", "short"))
         return {"type": "longrope", "long_factor": long, "short_factor": short}
-    kind = number("rope.scaling.type", "none", str)
+    # Older files have a factor only.
+    old = number("rope.scale_linear", 1.0) or 1.0
+    kind = number("rope.scaling.type", "none" if old == 1 else "linear", str)
     if kind == "none":
         return None
-    scaling = {"type": kind, "rope_type": kind, "factor": float(number("rope.scaling.factor"))}
-    if kind == "linear":
-        return scaling
+    known = {"rope.scaling.attn_factor": 1.0, "rope.scaling.yarn_beta_fast": 32.0, "rope.scaling.yarn_beta_slow": 1.0}
+    odd = [key for key, usual in known.items() if number(key, usual) != usual]
+    if is_phi3 or odd or kind not in ("linear", "yarn"):
+        more = f" with {odd[0]} = {number(odd[0])}" if odd else ""
+        raise UsageError(f"{file.path}: rotary embeddings scaled by {kind}{more} are not supported from GGUF")
+    scaling = {
+        "type": kind,
+        "rope_type": kind,
+        "factor": float(number("rope.scaling.factor", None if old == 1 else old)),
+    }
     if kind == "yarn":
-        original = number("rope.scaling.original_context_length", kind=int)
-        return {**scaling, "original_max_position_embeddings": original}
-    raise UsageError(f"{file.path}: rotary embeddings scaled by {kind} are not supported from GGUF")
+        scaling["original_max_position_embeddings"] = number("rope.scaling.original_context_length", kind=int)
+    return scaling
 
 
 def _llama3_scaling(file: GgufFile, base: float, head_dim: int) -> dict[str, Any]:

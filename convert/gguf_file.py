@@ -50,9 +50,9 @@ class GgufFile:
 
     def tensor(self, name: str) -> np.ndarray:
         """A tensor dequantized to float32. Raises UsageError for a storage type the gguf package cannot decode."""
-        raw = self._tensors[name]
+        shape, raw = self.shape(name), self._tensors[name]
         try:
-            return self._dequantize(raw.data, raw.tensor_type).reshape(self.shape(name))
+            return self._dequantize(raw.data, raw.tensor_type).reshape(shape)
         except (NotImplementedError, KeyError, ValueError) as e:
             raise UsageError(
                 f"{self.path}: tensor {name} of type {raw.tensor_type.name} cannot be decoded: {e}"

@@ -22,6 +22,8 @@ from .sensitivity import sequence_loss, token_windows
 
 # As in `mlx_lm.perplexity`; more windows would say little more.
 _TOKENS, _WINDOWS = 512, 64
+# What goes from block to block, for all windows that go together.
+_STATE_BYTES = 256 << 20
 
 
 @dataclass
@@ -74,10 +76,14 @@ def perplexity(
         chain = model.is_chain()
     losses = []
     if chain:
-        *_, (_, states) = run_blocks(open_model, rows, None, 0, advance)
         with opened(open_model) as model:
-            for row, x in zip(rows, states, strict=True):
-                losses.append(sequence_loss(model.head(row[None, :-1], x), row).item())
+            at_once = max(1, _STATE_BYTES // model.inputs(rows[0][None, :-1], 0).nbytes)
+        for start in range(0, len(rows), at_once):
+            group = rows[start : start + at_once]
+            *_, (_, states) = run_blocks(open_model, group, None, 0, advance)
+            with opened(open_model) as model:
+                for row, x in zip(group, states, strict=True):
+                    losses.append(sequence_loss(model.head(row[None, :-1], x), row).item())
     else:
         whole = prepare(open_model())
         for row in rows:

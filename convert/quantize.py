@@ -96,9 +96,9 @@ def clip_sensitive(quantized: nn.Module, original: nn.Module, chosen: dict[str, 
 
 def _clipped(weight: mx.array, positions: np.ndarray, group_size: int) -> mx.array:
     """The weight with those at some flat positions clipped to the range of the others in their group."""
-    marked = np.zeros(weight.size, bool)
-    marked[positions] = True
-    mask = mx.array(marked.reshape(-1, group_size))
+    mask = mx.zeros(weight.size, mx.bool_)  # not made before the weight is read
+    mask[mx.array(positions)] = True
+    mask = mask.reshape(-1, group_size)
     groups = weight.reshape(-1, group_size)
     low = mx.where(mask, mx.inf, groups).min(axis=1, keepdims=True).astype(weight.dtype)
     high = mx.where(mask, -mx.inf, groups).max(axis=1, keepdims=True).astype(weight.dtype)

@@ -1,9 +1,10 @@
 """Score a source's weights, rank them, and look the chosen ones up."""
 
+import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -18,7 +19,7 @@ from ..progress import Progress
 from .blockwise import blockwise_fisher_scores
 from .checkpoint import Candidates, Checkpoint
 from .select import Scope, Selector
-from .sensitivity import check_finite, fisher_scores, scored_layers
+from .sensitivity import fisher_scores, scored_layers
 from .sources import Source
 
 
@@ -111,17 +112,28 @@ def rank(
             if chain
             else fisher_scores(source.open_model(), sequences, advance)
         )
-        try:
+        with computing(checkpoint):
             for path, layer_scores in scores:
                 watch.lap("backward")
-                check_finite(path, layer_scores)
+                if not mx.isfinite(layer_scores.sum()).item():
+                    checkpoint.clear()
+                    raise UsageError(f"the model's gradients are not finite in {path}: damaged weights?")
                 positions, highest = selector.add(path, np.array(layer_scores, copy=False))
                 masses[path] = float(layer_scores.sum())
                 checkpoint.note(path, Candidates(positions, highest, masses[path]))
                 watch.lap("select")
-        except (TypeError, ValueError, LookupError, AttributeError) as e:  # of a config that loads but does not compute
-            raise UsageError(f"the model cannot be computed: {type(e).__name__}: {str(e)[:200]}") from e
     return Ranking(selector.result(), sizes, {path: masses[path] for path in sizes})
+
+
+@contextlib.contextmanager
+def computing(checkpoint: Checkpoint | None = None) -> Iterator[None]:
+    """Turn what a model raises whose config loads but does not compute into a UsageError; forget what is finished."""
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, AttributeError) as e:
+        if checkpoint is not None:
+            checkpoint.clear()
+        raise UsageError(f"the model cannot be computed: {type(e).__name__}: {str(e)[:200]}") from e
 
 
 def _warn_of_memory(source: Source) -> None:
@@ -139,8 +151,10 @@ def _warn_of_memory(source: Source) -> None:
 
 
 def checkpoint_bytes(open_model: Callable[[], nn.Module], sequences: np.ndarray) -> int:
-    """Bytes on disk of what goes into and comes back from each block, for all sequences."""
-    with opened(open_model) as model:
+    """Bytes on disk of what goes into and comes back from each block, for all sequences, if it is to be kept."""
+    with computing(), opened(open_model) as model:
+        if not model.is_chain():
+            return 0
         return (len(model.blocks) + 1) * len(sequences) * model.inputs(mx.array(sequences[:1, :-1]), 0).nbytes
 
 
@@ -156,7 +170,8 @@ def gather(
             weight = dequantized(module) if "scales" in module else module.weight
             values = weight.reshape(-1)[mx.array(indices)]
             mx.eval(values)
-            module.pop("weight")
+            for name in ("weight", "scales", "biases", "global_scale"):
+                module.pop(name, None)
             del weight
             tensors[path] = SensitiveTensor(indices, values, scores)
             bar.advance()

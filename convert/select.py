@@ -11,6 +11,14 @@ Scope = Literal["global", "tensor"]
 _POSITIONS = 2**32
 
 
+def check_choice(density: float, scope: str) -> None:
+    """Raise UsageError for a density that is not in (0, 1] or a scope that there is not."""
+    if not 0 < density <= 1:
+        raise UsageError(f"--density must be above 0 and at most 1, not {density}")
+    if scope not in get_args(Scope):
+        raise UsageError(f"--scope must be one of {', '.join(get_args(Scope))}, not {scope}")
+
+
 class Selector:
     """Keeps the highest scores of those seen so far; exact, whatever the order in which the layers come.
 
@@ -24,10 +32,7 @@ class Selector:
     """
 
     def __init__(self, sizes: dict[str, int], density: float, scope: Scope):
-        if not 0 < density <= 1:
-            raise UsageError(f"--density must be above 0 and at most 1, not {density}")
-        if scope not in get_args(Scope):
-            raise UsageError(f"--scope must be one of {', '.join(get_args(Scope))}, not {scope}")
+        check_choice(density, scope)
         if too_large := [path for path, size in sizes.items() if size > _POSITIONS]:
             raise UsageError(f"{too_large[0]} has {sizes[too_large[0]]} weights, more than the index can number (2^32)")
         self._paths = list(sizes)

@@ -101,9 +101,3 @@ def fisher_scores(
         advance("backward")
     model.update(tree_unflatten([(f"{p}.weight", w) for p, w in weights.items()]))
     yield from scores.items()
-
-
-def check_finite(path: str, scores: mx.array) -> None:
-    """Raise UsageError if a layer's gradients are not finite, as for damaged weights."""
-    if not mx.isfinite(scores.sum()).item():
-        raise UsageError(f"the model's gradients are not finite in {path}: damaged weights?")

@@ -19,20 +19,27 @@ class Workspace:
     Attributes:
         directory: for whatever is not to be part of the result.
         result: the directory that becomes the output.
+        scoring: the directory of finished blocks.
     """
 
     def __init__(self, directory: Path):
-        self.directory = directory
+        self.directory, self.result, self.scoring = directory, directory / "result", directory / "scoring"
         if not self.begun:
-            for leftover in directory.iterdir():  # of a process that was killed before it had begun
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        self.result = directory / "result"
+            self._clear()
         self.result.mkdir(exist_ok=True)
 
     @property
     def begun(self) -> bool:
         """Whether there is anything to go on with."""
         return (self.directory / _IDENTITY).exists()
+
+    def _clear(self) -> None:
+        """Remove what a process has left that was killed before it had begun."""
+        leftovers = [f for f in self.directory.iterdir() if not f.name.startswith(".")]
+        if foreign := [f.name for f in leftovers if f.name not in ("gguf", "result")]:
+            raise UsageError(f"{self.directory} is no conversion's: it holds {foreign[0]}; move it away")
+        for leftover in self.directory.iterdir():
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
     def begin(self, identity: dict[str, Any]) -> None:
         """Note what is being converted, and how. Raises UsageError if something else was begun here."""
@@ -47,16 +54,17 @@ class Workspace:
             )
 
     def check_space(self, needed: int) -> None:
-        """Raise UsageError if the disk has not room for `needed` bytes in all, those already written included."""
-        check_space(self.directory, needed - sum(f.stat().st_size for f in self.directory.rglob("*") if f.is_file()))
+        """Raise UsageError if the disk has not room for result and finished blocks of `needed` bytes in all."""
+        there = [f for part in (self.result, self.scoring) for f in part.rglob("*") if f.is_file()]
+        check_space(self.directory, needed - sum(f.stat().st_size for f in there))
 
 
 @contextlib.contextmanager
 def workspace(out: Path, resume: bool) -> Iterator[Workspace]:
     """Yield a workspace beside `out`; if the block succeeds, its result is renamed to `out`, whole.
 
-    What an interruption or a failure leaves is kept, from `begin` on, to be resumed. A process holds the workspace for
-    itself.
+    What an interruption or a failure leaves is kept, to be resumed; bad input leaves nothing, unless a block of the
+    model was finished before it was noticed. A process holds the workspace for itself.
 
     Args:
         out: must not exist.
@@ -68,33 +76,44 @@ def workspace(out: Path, resume: bool) -> Iterator[Workspace]:
         ZoError: the block failed, with a word on how to go on.
         Interrupted: so was the block.
     """
-    if out.exists():
-        raise UsageError(f"{out} already exists; name another directory or remove it first")
     directory = out.with_name(f".{out.name}.partial")
-    with reporting_disk_errors(out):
+    _refuse(out)
+    with reporting_disk_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
-    with locked(directory), reporting_disk_errors(out):
-        work = Workspace(directory)
+    with locked(directory):
+        _refuse(out)  # another process may just have made it
+        with reporting_disk_errors(directory):
+            work = Workspace(directory)
         resumed = work.begun
         if resumed and not resume:
             raise UsageError(f"a conversion to {out} was interrupted: go on with --resume, or remove {directory}")
         try:
+            yield work
             with reporting_disk_errors(out):
-                yield work
                 for file in (f for f in work.result.iterdir() if f.is_file()):
                     sync(file)
                 work.result.rename(out)
                 sync(out.parent)
         except BaseException as e:
-            if not work.begun or (isinstance(e, UsageError) and not resumed):
-                shutil.rmtree(directory, ignore_errors=True)
+            if out.exists():
                 raise
-            if isinstance(e, UsageError):
+            useless = isinstance(e, UsageError) and not resumed and not any(work.scoring.glob("*"))
+            if useless or not work.begun:
+                shutil.rmtree(directory, ignore_errors=True)
                 raise
             how = f"what is finished is kept in {directory}: go on with --resume"
             if isinstance(e, KeyboardInterrupt):
                 raise Interrupted(f"interrupted; {how}") from None
-            if isinstance(e, ZoError | RuntimeError | MemoryError):
+            if isinstance(e, UsageError):
+                raise UsageError(f"{e}; {how}") from e
+            if isinstance(e, ZoError | OSError | RuntimeError | MemoryError):
                 raise ZoError(f"{str(e) or type(e).__name__}; {how}") from e
             raise
-        shutil.rmtree(directory)
+        finally:
+            if out.exists():
+                shutil.rmtree(directory, ignore_errors=True)
+
+
+def _refuse(out: Path) -> None:
+    if out.exists():
+        raise UsageError(f"{out} already exists; name another directory or remove it first")

@@ -11,7 +11,7 @@ from zo_mlx.errors import UsageError
 def test_yaml_uses_mlx_lms_keys_and_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "lora.yaml"
     path.write_text(
-        "model: m\ntrain: true\nlearning_rate: 1e-5\niters: 20\nnum_layers: 8\nbatch_size: 8\n"
+        "model: m\ntrain: true\nlearning_rate: 1e-5\niters: 20\nnum_layers: 8\nrank: 8\nbatch_size: 8\n"
         "lr_schedule:\n  name: cosine_decay\n  warmup: 10\n  arguments: [1e-5, 100, 1e-7]\n"
     )
     settings = read_yaml(path)
@@ -20,7 +20,7 @@ def test_yaml_uses_mlx_lms_keys_and_numbers(tmp_path: Path, capsys: pytest.Captu
     assert (config.learning_rate, config.iters, config.batch_size) == (1e-5, 20, 8)
     warning = capsys.readouterr().err.strip().splitlines()
     assert len(warning) == 1
-    assert "no settings num_layers, train; they are ignored" in warning[0]
+    assert "no settings rank, train; they are ignored" in warning[0]
 
 
 @pytest.mark.parametrize("content", ["a: [", "just text", "- 1", "\x00"])

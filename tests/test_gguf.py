@@ -146,7 +146,9 @@ def test_the_real_tokenizer_is_rebuilt(smollm2_gguf: Path, tmp_path: Path) -> No
     assert chat.endswith("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
 
 
-def test_a_sentencepiece_tokenizer_gives_the_ids_of_sentencepiece(tmp_path: Path) -> None:
+@pytest.mark.parametrize("prefix", [True, False])
+def test_a_sentencepiece_tokenizer_gives_the_ids_of_sentencepiece(prefix: bool, tmp_path: Path) -> None:
+    """With a space put before the text, as llama's, or without, as gemma's, which has pieces of its own for runs."""
     text = (Path(zo_mlx.__file__).parents[1] / "convert" / "calibration.txt").read_text()
     (tmp_path / "text.txt").write_text(text)
     sentencepiece.SentencePieceTrainer.train(
@@ -159,10 +161,14 @@ def test_a_sentencepiece_tokenizer_gives_the_ids_of_sentencepiece(tmp_path: Path
         minloglevel=2,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
+        add_dummy_prefix=prefix,
+        user_defined_symbols=[] if prefix else ["\n\n", "<tag>"],
     )
     reference = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "sp.model"))
     size = reference.get_piece_size()
     kinds = [6 if reference.is_byte(i) else 3 if reference.is_control(i) else 1 for i in range(size)]
+    if not prefix:
+        kinds = [4 if reference.id_to_piece(i) in ("\n\n", "<tag>") else k for i, k in enumerate(kinds)]
     hf = write_hf_llama(tmp_path / "hf", vocab_size=size)
     write_gguf(
         hf,
@@ -172,6 +178,7 @@ def test_a_sentencepiece_tokenizer_gives_the_ids_of_sentencepiece(tmp_path: Path
             "tokenizer__ggml__tokens": [reference.id_to_piece(i) for i in range(size)],
             "tokenizer__ggml__scores": [float(reference.get_score(i)) for i in range(size)],
             "tokenizer__ggml__token_type": kinds,
+            "tokenizer__ggml__add_space_prefix": prefix,
             "tokenizer__ggml__bos_token_id": 1,
             "tokenizer__ggml__eos_token_id": 2,
             "tokenizer__ggml__unknown_token_id": 0,
@@ -180,7 +187,7 @@ def test_a_sentencepiece_tokenizer_gives_the_ids_of_sentencepiece(tmp_path: Path
     (tmp_path / "out").mkdir()
     write_hf_directory(tmp_path / "m.gguf", tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    for sample in (*text.split("\n")[:40], "  two  spaces", "naïve 漢字 🎉"):
+    for sample in (*text.split("\n")[:40], "  two  spaces", "naïve 漢字 🎉", "one\n\ntwo <tag>x"):
         if sample:
             assert tokenizer.encode(sample, add_special_tokens=False) == reference.encode(sample), sample
     assert tokenizer.encode("hello")[0] == 1, "llama files add <s> unless they say otherwise"

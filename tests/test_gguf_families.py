@@ -26,6 +26,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
         {"llama__rope__scaling__type": "linear", "llama__rope__scaling__factor": 4.0},
     ),
+    ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, {"llama__rope__scale_linear": 4.0}),
     ("qwen2", {"tie_word_embeddings": False}, {}),
     (
         "qwen2",
@@ -40,6 +41,11 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     (
         "gemma3",
         {"head_dim": 32, "sliding_window": 4, "query_pre_attn_scalar": 32, "num_hidden_layers": 7, "rope_theta": 1e6},
+        {"gemma3__attention__key_length": 32, "gemma3__attention__sliding_window": 4},
+    ),
+    (  # the 27B model's scale: width / heads
+        "gemma3",
+        {"head_dim": 32, "sliding_window": 4, "query_pre_attn_scalar": 16, "num_hidden_layers": 62},
         {"gemma3__attention__key_length": 32, "gemma3__attention__sliding_window": 4},
     ),
     ("phi3", {"tie_word_embeddings": False}, {}),
@@ -144,3 +150,26 @@ def test_words_are_cut_as_the_file_says(tmp_path: Path) -> None:
     assert (llama.encode("a")[0], qwen.encode("a")[0]) == (256, qwen.convert_tokens_to_ids("a"))
     assert qwen.decode(qwen.encode("e\u0301")) == "\u00e9"
     assert llama.decode(llama.encode("e\u0301"), skip_special_tokens=True) == "e\u0301"
+
+
+@pytest.mark.parametrize(
+    ("family", "metadata", "problem"),
+    [
+        ("phi3", {"rope_factors_long__weight": np.ones(8, np.float32)}, "tensor rope_factors_short.weight is missing"),
+        ("phi3", {"phi3__rope__scale_linear": 2.0}, "scaled by linear are not supported"),
+        ("llama", {"llama__rope__scaling__type": "longrope"}, "scaled by longrope are not supported"),
+        (
+            "qwen2",
+            {"qwen2__rope__scaling__type": "yarn", "qwen2__rope__scaling__attn_factor": 0.5},
+            "scaled by yarn with rope.scaling.attn_factor = 0.5",
+        ),
+        ("llama", {"llama__rope__freq_base": -1.0}, "rope.freq_base -1.0 must be above 1"),
+        ("qwen3", {"tokenizer__ggml__tokens": [f"t{i}" for i in range(300)]}, "has not a row for every token"),
+    ],
+)
+def test_what_is_not_understood_is_refused(family: str, metadata: dict[str, Any], problem: str, tmp_path: Path) -> None:
+    hf = _original(family, tmp_path / "hf", tie_word_embeddings=False)
+    write_gguf(hf, tmp_path / "m.gguf", family=family, **metadata)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UsageError, match=problem):
+        write_hf_directory(tmp_path / "m.gguf", tmp_path / "out")

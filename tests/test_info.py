@@ -7,15 +7,23 @@ from matplotlib.figure import Figure
 
 from zo_mlx.cli import main
 from zo_mlx.index import SensitiveIndex, SensitiveTensor, read_index
-from zo_mlx.info import _layers
+from zo_mlx.info import _layer
 
 
 def test_columns_are_counted_by_expert() -> None:
     """Experts of (4, 8): column 0 of the first expert twice, column 1 of the second."""
     positions = np.array([0, 8, 32 + 1], np.uint32)
     index = SensitiveIndex({"experts": SensitiveTensor(positions, mx.zeros(3), np.ones(3, np.float32))})
-    (layer,) = _layers(index, {"experts": (2, 4, 8)}, {})
+    layer = _layer("experts", index.tensors["experts"], {"experts": (2, 4, 8)}, {})
     assert (layer["density"], layer["columns"]) == (3 / 64, 2 / 16)
+
+
+def test_only_layers_with_scales_are_packed() -> None:
+    tensor = SensitiveTensor(np.array([3], np.uint32), mx.zeros(1), np.ones(1, np.float32))
+    config = {"quantization": {"bits": 4}}
+    assert _layer("m", tensor, {"m": (4, 8)}, config)["density"] == 1 / 32
+    assert _layer("m", tensor, {"m": (4, 8), "m.scales": (4, 1)}, config)["density"] == 1 / 256
+    assert _layer("m", tensor, {"m": (8,)}, config)["density"] is None
 
 
 def test_the_map_shows_every_layer(

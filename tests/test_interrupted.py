@@ -2,17 +2,19 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
 from conftest import write_hf_llama
 from test_files import run_on_full_disk
+from test_gguf import TOKENS, write_gguf
 from zo_mlx.convert import checkpoint, write
 
 import zo_mlx
 from zo_mlx import files, index
 from zo_mlx.blocks import BlockwiseModel
-from zo_mlx.errors import Interrupted, UsageError, ZoError
+from zo_mlx.errors import Interrupted, UsageError
 
 SMALL = {"num_samples": 2, "sequence_length": 16, "density": 0.02, "progress": False}
 
@@ -100,6 +102,30 @@ def test_an_interrupted_conversion_is_not_mistaken_for_another(
     assert json.loads((tmp_path / "out/convert.json").read_text())["density"] == 0.02
 
 
+def test_a_source_that_goes_away_loses_nothing(tiny_hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The errors of a late failure may look like those of bad input."""
+    block = BlockwiseModel.block
+
+    def fail(self: BlockwiseModel, number: int, tokens: mx.array, x: mx.array) -> mx.array:
+        if number == 2:
+            raise UsageError("no such model")
+        return block(self, number, tokens, x)
+
+    monkeypatch.setattr(BlockwiseModel, "block", fail)
+    with pytest.raises(UsageError, match="no such model; what is finished is kept in .*: go on with --resume"):
+        zo_mlx.convert(str(tiny_hf), str(tmp_path / "out"), **SMALL)
+    monkeypatch.setattr(BlockwiseModel, "block", block)
+    zo_mlx.convert(str(tiny_hf), str(tmp_path / "out"), resume=True, **SMALL)
+
+
+def test_files_of_others_are_not_touched(tiny_hf: Path, tmp_path: Path) -> None:
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial/letters").write_text("dear ...")
+    with pytest.raises(UsageError, match="is no conversion's: it holds letters; move it away"):
+        zo_mlx.convert(str(tiny_hf), str(tmp_path / "out"), resume=True, **SMALL)
+    assert (tmp_path / ".out.partial/letters").exists()
+
+
 def test_resuming_nothing_begins(tiny_hf: Path, tmp_path: Path) -> None:
     (tmp_path / ".out.partial/gguf").mkdir(parents=True)  # left by a process that was killed before it had begun
     zo_mlx.convert(str(tiny_hf), str(tmp_path / "out"), resume=True, **SMALL)
@@ -126,10 +152,19 @@ except ZoError as e:
 def test_too_little_space_is_said_before_the_work(
     tiny_hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = type("usage", (), {"free": 100_000})
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(ZoError, match="needs 0.00 GB more, but its disk has 0.00 GB free"):
-        zo_mlx.convert(str(tiny_hf), str(tmp_path / "out"), **SMALL)
-    assert list(tmp_path.iterdir()) == []
-    usage.free = 1_000_000
-    zo_mlx.convert(str(tiny_hf), str(tmp_path / "out"), **SMALL)
+    """From a GGUF file as well, whose dequantized tensors take space of their own."""
+    source = write_hf_llama(tmp_path / "hf", vocab_size=len(TOKENS))
+    write_gguf(source, tmp_path / "m.gguf")
+    zo_mlx.convert(str(source), str(tmp_path / "whole"), **SMALL)
+    size = (tmp_path / "whole/model.safetensors").stat().st_size
+    for name, before in (("hf", 0), ("m.gguf", 1)):
+        for free, enough in ((size // 2, False), (2 * size, True)):
+            answers = [1 << 40] * before + [free] * 9
+            monkeypatch.setattr(files.shutil, "disk_usage", lambda path, a=answers: SimpleNamespace(free=a.pop(0)))
+            out = tmp_path / f"{name}-{free}"
+            if enough:
+                zo_mlx.convert(str(tmp_path / name), str(out), **SMALL)
+                continue
+            with pytest.raises(UsageError, match="needs 0.00 GB more, but its disk has 0.00 GB free"):
+                zo_mlx.convert(str(tmp_path / name), str(out), **SMALL)
+            assert {p.name for p in tmp_path.iterdir() if p.name.startswith((".", out.name))} == set()

@@ -104,4 +104,4 @@ def test_choice_loss_equals_full_logits_in_float64(model: llama.Model, head: Hea
             assert np.isneginf(np.array(got)[p, e, len(expected) :]).all()
             assert example.label is not None
             losses[p, e] = -log_softmax(np.array(expected))[example.label]
-    assert np.allclose(np.array(branch_losses(got, batch, tokens=1)), losses.mean(axis=1), atol=1e-4)
+    assert np.allclose(np.array(branch_losses(got, batch, count=2)), losses.mean(axis=1), atol=1e-4)

@@ -13,6 +13,7 @@ from zo_mlx.blocks import BlockwiseModel
 from zo_mlx.config import TrainConfig
 from zo_mlx.data import Example, load_dataset
 from zo_mlx.errors import Interrupted, UsageError
+from zo_mlx.estimator import two_sided
 from zo_mlx.head import split_head
 from zo_mlx.index import read_index
 from zo_mlx.journal import Journal
@@ -49,7 +50,8 @@ def test_losses_are_those_of_the_whole_model(
     sparse.stackable = stackable
     head = split_head(sparse.model)
     sparse.train_last(blocks, index.initial_values())
-    values = 0.1 * mx.random.normal((8, sparse.size), key=mx.random.key(0))
+    z = mx.random.normal((4, sparse.size), key=mx.random.key(0))
+    values = two_sided(mx.zeros(sparse.size), z, 0.1)
     examples = _examples(spread, choice_data)
     expected = make_loss(sparse, head)(values, examples)
     prefix = Prefix(BlockwiseModel(sparse.model), sparse.first_block, cache_bytes)
@@ -77,7 +79,7 @@ def test_the_first_blocks_run_once_for_each_pair_of_branches_or_once_for_all(
 
     monkeypatch.setattr(kind, "__call__", spy)
     examples = _examples(spread, choice_data)
-    values = mx.zeros((4, sparse.size))
+    values = two_sided(mx.zeros(sparse.size), mx.ones((2, sparse.size), mx.int8), 0.1)
     head, blocks = split_head(sparse.model), BlockwiseModel(sparse.model)
     for cache_bytes, expected in ((None, (12, 24)), (1 << 30, (6, 24)), (0, (12, 24))):
         loss = make_loss(sparse, head, Prefix(blocks, 2, cache_bytes))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import dense_weights, write_hf_llama
 from mlx.utils import tree_flatten
+from zo_mlx.convert.quantize import clip_sensitive
 
 import zo_mlx
 from zo_mlx.index import read_index
@@ -45,6 +46,16 @@ def test_isolated_weights_do_not_stretch_their_groups(mode: str, group: int, tin
         assert mx.array_equal(isolated[path], expected), path
         changed += int((isolated[path] != before).sum().item())
     assert changed > 100
+
+
+def test_isolating_makes_nothing_before_its_turn(tiny_hf: Path) -> None:
+    model, original = (mlx_lm.load(str(tiny_hf), lazy=True)[0] for _ in range(2))
+    nn.quantize(model, 32, 4)
+    chosen = {p: np.array([0, 5]) for p, m in model.named_modules() if isinstance(m, nn.QuantizedLinear)}
+    before = mx.get_active_memory()
+    clip_sensitive(model, original, chosen)
+    weights = sum(w.size for w in dict(tree_flatten(original.parameters())).values())
+    assert mx.get_active_memory() - before < weights / 10
 
 
 def _perplexity(model: nn.Module, windows: mx.array) -> float:

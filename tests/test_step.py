@@ -29,8 +29,8 @@ def _losses_of(values: np.ndarray, examples: Sequence[Example]) -> np.ndarray:
     return np.array(result)
 
 
-def _loss(values: mx.array, examples: Sequence[Example]) -> mx.array:
-    return mx.array(_losses_of(np.array(values, np.float64), examples).astype(np.float32))
+def _loss(branches: estimator.Branches, examples: Sequence[Example]) -> mx.array:
+    return mx.array(_losses_of(np.array(branches.part(0, 50), np.float64), examples).astype(np.float32))
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
@@ -92,8 +92,10 @@ def test_each_direction_gets_its_share_of_the_batch_and_both_its_branches_the_sa
     sparse, tokenizer, index, _ = load_sparse(tiny)
     head = split_head(sparse.model)
     examples = load_dataset(choice_data / "train.jsonl", tokenizer, 100).examples[:12]
-    values = index.initial_values() + 0.1 * mx.random.normal((6, index.size), key=mx.random.key(0))
-    losses = make_loss(sparse, head)(values, examples)
+    z = mx.random.normal((3, index.size), key=mx.random.key(0))
+    branches = estimator.two_sided(index.initial_values(), z, 0.1)
+    losses = make_loss(sparse, head)(branches, examples)
+    values = branches.part(0, index.size)
     for p in range(6):
         sparse.set_values(values[p : p + 1])
         share = Dataset("choices", examples[p // 2 :: 3])

@@ -35,6 +35,12 @@ class TrainConfig:
     cache_prefix: float | None = _setting(
         None, "GB of the untrained first blocks' results to keep for later epochs.", least=0
     )
+    memory_limit: float | None = _setting(
+        None, "GB that MLX is to use at most, weights included: fewer tokens at once.", least=1e-3
+    )
+    tokens_at_once: int | None = _setting(
+        None, "Tokens in a forward pass at most; default: a step's, or what fits the memory limit.", least=1
+    )
     iters: int = _setting(1000, "Steps to train for.", least=0)
     learning_rate: float | None = _setting(
         None, "Initial learning rate, falls by 0.1% a step; default: 3e-5 times the directions.", least=0

@@ -10,7 +10,7 @@ from . import adapter
 from .errors import UsageError
 from .files import load_safetensors, read_json, sha256
 from .index import FILE_NAME as INDEX
-from .index import SensitiveIndex, read_index
+from .index import SensitiveTensor, read_index
 from .journal import FILE_NAME as JOURNAL
 from .journal import Journal
 from .model import fingerprint, weight_files
@@ -36,7 +36,7 @@ def info(path: str | Path) -> dict[str, Any]:
 
 def _model(directory: Path) -> dict[str, Any]:
     config = read_json(directory / "config.json")
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for file in weight_files(directory):
         for name, array in load_safetensors(file)[0].items():
             shapes[name.removesuffix(".weight")] = array.shape
@@ -54,31 +54,30 @@ def _model(directory: Path) -> dict[str, Any]:
             **index.metadata,
             "sha256": sha256(directory / INDEX),
             "matches_model": index.metadata.get("base_model") == found["fingerprint"],
-            "layers": _layers(index, shapes, config),
+            "layers": [_layer(path, tensor, shapes, config) for path, tensor in index.tensors.items()],
         }
     return found
 
 
-def _layers(index: SensitiveIndex, shapes: dict[str, tuple[int, ...]], config: dict[str, Any]) -> list[dict[str, Any]]:
-    """Of each layer of the index: its trainable weights, their scores, and the input columns that have any of them."""
-    layers = []
-    for path, tensor in index.tensors.items():
-        *rows, packed = shapes.get(path, (0, 0))
-        width = packed * 32 // _bits(config, path)
-        weights = math.prod(rows) * width
-        known = weights > tensor.indices[-1]
-        expert, position = np.divmod(tensor.indices.astype(np.int64), rows[-1] * width if known else 1)
-        touched = len(np.unique(expert * width + position % width)) if known else 0
-        layers.append(
-            {
-                "path": path,
-                "trainable": tensor.size,
-                "density": tensor.size / weights if known else None,
-                "columns": touched / (math.prod(rows[:-1]) * width) if known else None,
-                "score": float(tensor.scores.sum()),
-            }
-        )
-    return layers
+def _layer(
+    path: str, tensor: SensitiveTensor, shapes: dict[str, tuple[int, ...]], config: dict[str, Any]
+) -> dict[str, Any]:
+    """Of a layer of the index: its trainable weights, their scores, and the input columns that have any of them."""
+    *rows, packed = shapes.get(path, (0,))
+    width = packed * 32 // _bits(config, path) if f"{path}.scales" in shapes else packed
+    weights = math.prod(rows) * width
+    known = len(rows) > 0 and weights > tensor.indices[-1]
+    columns = None
+    if known:
+        expert, position = np.divmod(tensor.indices.astype(np.int64), rows[-1] * width)
+        columns = len(np.unique(expert * width + position % width)) / (math.prod(rows[:-1]) * width)
+    return {
+        "path": path,
+        "trainable": tensor.size,
+        "density": tensor.size / weights if known else None,
+        "columns": columns,
+        "score": float(tensor.scores.sum()),
+    }
 
 
 def _bits(config: dict[str, Any], path: str) -> int:

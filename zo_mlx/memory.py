@@ -1,7 +1,7 @@
 """MLX's cache of freed buffers, bounded for the duration of some work."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import mlx.core as mx
 
@@ -14,3 +14,11 @@ def bounded_cache(limit: int) -> Iterator[None]:
         yield
     finally:
         mx.set_cache_limit(before)
+
+
+def peak_of(run: Callable[[], object]) -> int:
+    """The most bytes that MLX holds while something runs, in all."""
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    run()
+    return mx.get_peak_memory()

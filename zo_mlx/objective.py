@@ -101,19 +101,20 @@ def scores(head: Head, batch: Batch) -> mx.array:
     return mx.where(exists, summed, -mx.inf)
 
 
-def branch_losses(scored: mx.array, batch: Batch, tokens: float) -> mx.array:
+def branch_losses(scored: mx.array, batch: Batch, count: float) -> mx.array:
     """The objective of every branch: (P,) float32, in nats.
 
-    For `choices`, the mean over examples of -log softmax(scores)[right choice]. Else the sum over target tokens of
-    -log p(token), over the mean number of target tokens in a branch: so the mean of all branches is a mean over tokens.
+    For `choices`, the sum over examples of -log softmax(scores)[right choice], over `count`. Else the sum over target
+    tokens of -log p(token), over `count`. So the losses of parts of a branch add up to the branch's.
 
     Args:
         scored: (P, E, C), from `scores`.
-        tokens: the mean number of target tokens in a branch of the step; not used for `choices`.
+        count: of the whole branch: examples for `choices`, else the mean number of target tokens in a branch of the
+            step, with which the mean of all branches is a mean over tokens.
     """
     if batch.labels is None:
-        return -scored.sum(axis=(1, 2)) / tokens
-    return example_losses(scored, batch.labels).mean(axis=-1)
+        return -scored.sum(axis=(1, 2)) / count
+    return example_losses(scored, batch.labels).sum(axis=-1) / count
 
 
 def example_losses(scored: mx.array, labels: mx.array) -> mx.array:

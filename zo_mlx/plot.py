@@ -47,14 +47,14 @@ def plot(found: dict[str, Any], path: Path) -> None:
     }
     height = 0.7 + 0.22 * len(modules)
     figure = Figure(figsize=(max(6.0, 2.6 + 0.2 * blocks), 0.6 + height * len(panels)), layout="constrained")
+    if not all(any(value and value > 0 for value in values) for values in panels.values()):
+        raise UsageError(f"{found['path']}: the sensitive index does not fit the model, or its scores are all 0")
     name = Path(found["path"]).resolve().name
-    figure.suptitle(f"{name}: {found['index']['size']:,} sensitive weights of {found['index']['candidates']:,}")
+    figure.suptitle(f"{name}: {sum(layer['trainable'] for layer in layers):,} sensitive weights")
     for axes, (title, values) in zip(figure.subplots(len(panels), sharex=True), panels.items(), strict=True):
         grid = np.full((len(modules), blocks), np.nan)
         for (block, module), value in zip(places, values, strict=True):
-            # Layers of one name in one block (experts that are modules of their own) are added up.
-            row = modules.index(module)
-            grid[row, block] = np.nansum([grid[row, block], np.nan if value is None else value])
+            grid[modules.index(module), block] = np.nan if value is None else value
         image = axes.imshow(grid, cmap="viridis_r", norm="log", aspect="auto", interpolation="nearest")
         axes.set_title(title, fontsize="medium", loc="left")
         axes.set_yticks(range(len(modules)), modules, fontsize="small")

@@ -4,6 +4,8 @@ On a GPU `mx.quantized_matmul` is the fast kernel. On the CPU backend it is 20 t
 and multiplying in float32, except for a row or two, and 16-bit products are slow too: there, activations are float32.
 """
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
@@ -38,26 +40,34 @@ def dequantized(layer: nn.Module) -> mx.array:
     """
     if "scales" not in layer:
         return layer.weight.astype(mx.float32)
-    settings = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode, "dtype": mx.float32}
+    settings = {**_settings(layer), "dtype": mx.float32}
     if (own := layer.get("global_scale")) is not None:  # experts in nvfp4 may have another scale each
         parts = zip(layer.weight, layer.scales, own, strict=True)
         return mx.stack([mx.dequantize(w, s, global_scale=g, **settings) for w, s, g in parts])
-    return mx.dequantize(layer.weight, layer.scales, layer.get("biases"), **settings)
+    return mx.dequantize(layer.weight, *_scales(layer), **settings)
+
+
+def _settings(layer: nn.Module) -> dict[str, Any]:
+    return {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
+
+
+def _scales(layer: nn.Module, rows: mx.array | None = None) -> tuple[mx.array, mx.array | None]:
+    """Scales and biases, of some rows or all, in float32 where they are numbers (in some modes they are exponents).
+
+    They are kept as they are stored, since in float32 they would be an eighth of a model's size.
+    """
+    scales, biases = layer.scales, layer.get("biases")
+    if rows is not None:
+        scales, biases = scales[rows], None if biases is None else biases[rows]
+    if mx.issubdtype(scales.dtype, mx.floating):
+        scales = scales.astype(mx.float32)
+    return scales, None if biases is None else biases.astype(mx.float32)
 
 
 def _cpu_product(layer: nn.Module, x: mx.array) -> mx.array:
     if x.size // x.shape[-1] > CPU_QUANTIZED_ROWS:
         return x @ dequantized(layer).T
-    return mx.quantized_matmul(
-        x,
-        layer.weight,
-        layer.scales,
-        layer.get("biases"),
-        transpose=True,
-        group_size=layer.group_size,
-        bits=layer.bits,
-        mode=layer.mode,
-    )
+    return mx.quantized_matmul(x, layer.weight, *_scales(layer), transpose=True, **_settings(layer))
 
 
 class CpuQuantizedLinear(nn.QuantizedLinear):
@@ -69,7 +79,10 @@ class CpuQuantizedLinear(nn.QuantizedLinear):
 
 
 class CpuQuantizedEmbedding(nn.QuantizedEmbedding):
-    """`nn.QuantizedEmbedding` whose use as an output head dequantizes and multiplies in float32."""
+    """`nn.QuantizedEmbedding` in float32, whose use as an output head dequantizes and multiplies."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.dequantize(self.weight[x], *_scales(self, x), **_settings(self), dtype=mx.float32)
 
     def as_linear(self, x: mx.array) -> mx.array:
         return _cpu_product(self, x)
@@ -84,9 +97,14 @@ _CPU_CLASSES: dict[type, type] = {
 def prepare(model: nn.Module) -> nn.Module:
     """Make a loaded model fast on the default device: on the CPU float32 and dequantizing layers, else unchanged."""
     if on_cpu():
-        model.set_dtype(mx.float32)
         for _, module in model.named_modules():
             # The class changes, not the module: parameters keep their places and their paths.
             if (replacement := _CPU_CLASSES.get(type(module))) is not None:
                 module.__class__ = replacement
+        model.apply(lambda a: a.astype(mx.float32) if mx.issubdtype(a.dtype, mx.floating) else a, _to_be_float32)
     return model
+
+
+def _to_be_float32(module: nn.Module, name: str, value: Any) -> bool:
+    kept = isinstance(module, tuple(_CPU_CLASSES.values())) and name in ("scales", "biases")
+    return not kept and nn.Module.valid_parameter_filter(module, name, value)

@@ -22,7 +22,7 @@ from .index import FILE_NAME as INDEX
 from .model import context_length, load_sparse
 from .prefix import Prefix
 from .progress import Progress
-from .step import make_loss, make_optimizer, replay, step
+from .step import make_loss, make_optimizer, replay, step, tokens_that_fit
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -89,6 +89,12 @@ class Run:
         last = blocks if config.num_layers == -1 else config.num_layers
         self.trained = mx.array(self.sparse.train_last(last, self.all_values))
         self.values = self.all_values[self.trained]
+        if config.memory_limit is not None and config.tokens_at_once is None:
+            longest = max(self.train_set.examples, key=lambda e: e.length)
+            fit, least = tokens_that_fit(int(config.memory_limit * 1e9), self.sparse, self.head, self.values, longest)
+            if fit < longest.length:
+                self.warn(f"--memory-limit: the longest example alone takes {least / 1e9:.3f} GB")
+            config.tokens_at_once = max(1, fit)
         self.optimizer.init({"values": self.values})
         self.state = self.optimizer.state
         self.done = 0
@@ -152,7 +158,11 @@ class Run:
 
     def evaluate(self, dataset: Dataset, batches: int) -> Evaluation:
         self.sparse.set_values(self.values[None])
-        return evaluate_dataset(self.head, dataset, self.config.batch_size, batches, self.progress)
+        size, tokens = self.config.batch_size, self.config.tokens_at_once
+        if tokens is not None:
+            size = max(1, min(size, tokens // max(e.length for e in dataset.examples)))
+            batches = batches if batches == -1 else -(-batches * self.config.batch_size // size)
+        return evaluate_dataset(self.head, dataset, size, batches, self.progress)
 
     def validate(self) -> Evaluation | None:
         if self.valid_set is None or self.config.val_batches == 0:
@@ -172,7 +182,7 @@ class Run:
         weights = mx.get_active_memory()
         before = after = self.validate()
         mx.reset_peak_memory()
-        loss = make_loss(self.sparse, self.head, self.prefix())
+        loss = make_loss(self.sparse, self.head, self.prefix(), config.tokens_at_once)
         meter = Meter()
         peak = 0
         try:

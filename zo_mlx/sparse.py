@@ -9,6 +9,8 @@ branches of a step are stacked along the batch axis (P * B rows): Q is read once
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,6 +18,7 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from .errors import UsageError
+from .estimator import Branches
 from .index import SensitiveIndex
 from .product import LINEAR_LAYERS, SWITCH_LAYERS, dequantized, weight_shape
 from .switch import SparseSwitchLinear
@@ -40,28 +43,31 @@ class SparseLinear(nn.Module):
         self._columns = mx.array(used.astype(np.uint32))
         self._slots = mx.array((slot * self._out + rows).astype(np.uint32))
         self._base_values = weight.reshape(-1)[mx.array(indices)]
-        self._values: mx.array | None = None
+        self._values: mx.array | Callable[[], mx.array] | None = None
         self._difference: mx.array | None = None
         mx.eval(self._columns, self._slots, self._base_values)
 
-    def set_values(self, values: mx.array | None) -> None:
+    def set_values(self, values: mx.array | Callable[[], mx.array] | None) -> None:
         """Set the trainable weights of every branch.
 
         Args:
-            values: (P, n) float32, or None to compute with the base weights alone.
+            values: (P, n) float32, or what makes them when the layer is called, or None to compute with the base
+                weights alone.
         """
         self._values = values
         # A single branch is set once and called for every token of a text. With many branches D is large, and is made
         # where it is used, so that MLX frees it after the layer.
-        self._difference = self._make_difference() if values is not None and len(values) == 1 else None
+        once = isinstance(values, mx.array) and len(values) == 1
+        self._difference = self._make_difference() if once else None
 
     def _make_difference(self) -> mx.array:
         """D transposed: (P, |U|, out)."""
-        assert self._values is not None
-        zeros = mx.zeros((len(self._values), self._columns.size * self._out))
+        values = self._values() if callable(self._values) else self._values
+        assert values is not None
+        zeros = mx.zeros((len(values), self._columns.size * self._out))
         # Four times as fast on the CPU as an assignment to difference[:, slots].
-        slots = mx.broadcast_to(self._slots, self._values.shape)
-        difference = mx.put_along_axis(zeros, slots, self._values - self._base_values, axis=1)
+        slots = mx.broadcast_to(self._slots, values.shape)
+        difference = mx.put_along_axis(zeros, slots, values - self._base_values, axis=1)
         return difference.reshape(-1, self._columns.size, self._out)
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -130,7 +136,7 @@ class SparseModel:
             values: (K,) float32 of all layers.
 
         Returns:
-            (K',) positions in `values` of those that are still to be set: K' is the new `size`.
+            (K',) uint32 positions in `values` of those that are still to be set: K' is the new `size`.
 
         Raises:
             UsageError: none of the blocks has any trainable weights.
@@ -146,7 +152,7 @@ class SparseModel:
                 layer.set_values(values[None, start:end])
         self._layers = [layer for layer, _, _ in kept]
         self._ends = np.cumsum([end - start for _, start, end in kept]).tolist()
-        return np.concatenate([np.arange(start, end) for _, start, end in kept])
+        return np.concatenate([np.arange(start, end, dtype=np.uint32) for _, start, end in kept])
 
     @property
     def first_block(self) -> int:
@@ -156,14 +162,14 @@ class SparseModel:
     def _block_of(self, layer: nn.Module) -> int:
         return next(i for i, block in enumerate(self.model.layers) if any(m is layer for m in block.modules()))
 
-    def set_values(self, values: mx.array | None) -> None:
+    def set_values(self, values: mx.array | Branches | None) -> None:
         """Set the values of P branches, (P, K) float32; None computes with the base model alone."""
-        if values is None:
-            slices: list[mx.array | None] = [None] * len(self._layers)
-        else:
-            slices = list(mx.split(values, self._ends[:-1], axis=1))
-        for layer, own in zip(self._layers, slices, strict=True):
-            layer.set_values(own)
+        starts = [0, *self._ends[:-1]]
+        for layer, start, end in zip(self._layers, starts, self._ends, strict=True):
+            if isinstance(values, Branches):
+                layer.set_values(partial(values.part, start, end))
+            else:
+                layer.set_values(None if values is None else values[:, start:end])
 
     def check_branches(self) -> None:
         """Find out whether branches stacked in one pass are computed apart, by comparing with passes of their own.

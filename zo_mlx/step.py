@@ -15,41 +15,79 @@ from .config import TrainConfig
 from .data import Example
 from .head import Head
 from .journal import Record
+from .memory import peak_of
 from .objective import branch_losses, collate, scores
 from .prefix import Prefix
 from .sparse import SparseModel
 
 State = dict[str, Any]
-Loss = Callable[[mx.array, Sequence[Example]], mx.array]
+Loss = Callable[[estimator.Branches, Sequence[Example]], mx.array]
 
 
-def make_loss(sparse: SparseModel, head: Head, prefix: Prefix | None = None) -> Loss:
+def make_loss(sparse: SparseModel, head: Head, prefix: Prefix | None = None, tokens_at_once: int | None = None) -> Loss:
     """The losses of the branches of a step.
 
     Args:
         prefix: computes what the branches have in common, where there is such a thing.
+        tokens_at_once: the most tokens, padding included, of one forward pass: branches go into passes of their own
+            before a branch's examples do. At least one example is in a pass. None is no limit.
 
     Returns:
-        A function of (2q, K) values and the step's examples to (2q,) losses. The examples are dealt out to the q
+        A function of 2q branches and the step's examples to (2q,) losses. The examples are dealt out to the q
         directions, so that each gets its share of every label; the two branches of a direction see the same ones.
     """
 
-    def loss(values: mx.array, examples: Sequence[Example]) -> mx.array:
-        directions = len(values) // 2
-        shares = [examples[d::directions] for d in range(directions) for _ in range(2)]
-        tokens = sum(len(e.targets[0]) for e in examples) / directions
-        at_once = len(values) if sparse.stackable else 1
+    def loss(branches: estimator.Branches, examples: Sequence[Example]) -> mx.array:
+        q = len(branches) // 2
+        shares = [examples[d::q] for d in range(q) for _ in range(2)]
+        size = len(shares[0])
+        by_tokens = sum(len(e.targets[0]) for e in examples) / q
+        count = size if examples[0].label is not None else by_tokens
+        at_once, examples_at_once = (len(branches) if sparse.stackable else 1), size
+        if tokens_at_once is not None:
+            rows = max(sum(len(e.rows) for e in share) for share in shares)
+            fit = tokens_at_once / (rows * max(e.length for e in examples))
+            at_once = max(1, min(at_once, int(fit)))
+            examples_at_once = max(1, min(size, int(fit * size)))
         losses = []
-        for start in range(0, len(values), at_once):
-            group = shares[start : start + at_once]
-            batch = collate(group)
-            sparse.set_values(values[start : start + at_once])
-            with prefix.skipped(batch.tokens, group) if prefix else contextlib.nullcontext():
-                losses.append(branch_losses(scores(head, batch), batch, tokens))
-                mx.eval(losses[-1])
+        for start in range(0, len(branches), at_once):
+            sparse.set_values(branches[start : start + at_once])
+            total = mx.zeros(1)
+            for first in range(0, size, examples_at_once):
+                group = [share[first : first + examples_at_once] for share in shares[start : start + at_once]]
+                batch = collate(group)
+                with prefix.skipped(batch.tokens, group) if prefix else contextlib.nullcontext():
+                    total = total + branch_losses(scores(head, batch), batch, count)
+                    mx.eval(total)
+            losses.append(total)
         return mx.concatenate(losses)
 
     return loss
+
+
+def tokens_that_fit(limit: int, sparse: SparseModel, head: Head, values: mx.array, longest: Example) -> tuple[int, int]:
+    """How many tokens a forward pass may have within a limit in bytes, weights included: measured.
+
+    A pass is compared with one of twice as many branches, or rows, where branches cannot be stacked. What shorter
+    examples take is less for each token.
+
+    Args:
+        values: (K,) that are trained.
+        longest: the example with the longest row.
+
+    Returns:
+        Tokens, which may be fewer than a row's; and the bytes that a pass takes with a row at a time.
+    """
+    loss = make_loss(sparse, head)
+
+    def peak(size: int) -> int:
+        z = mx.ones((size if sparse.stackable else 1, values.size), mx.int8)
+        return peak_of(lambda: mx.eval(loss(estimator.two_sided(values, z, 1e-3), [longest] * size)))
+
+    tokens = (2 if sparse.stackable else 1) * len(longest.rows) * longest.length
+    one, two = peak(1), peak(2)
+    each = max(1.0, 1.1 * (two - one) / tokens)  # other shapes take a little more
+    return int(tokens + (limit - one) / each), int(one - each * (tokens - longest.length))
 
 
 def make_optimizer(config: TrainConfig) -> optim.Optimizer:
@@ -83,7 +121,8 @@ def step(
     """
     assert config.directions is not None, "the settings are not resolved"
     z = estimator.directions(config.seed, number, config.directions, values.size)
-    losses = loss(estimator.branches(values, z, config.epsilon), examples)
+    mx.eval(z)  # every layer reads its part of them
+    losses = loss(estimator.two_sided(values, z, config.epsilon), examples)
     projected = estimator.projected_gradients(losses, config.epsilon)
     record = Record(number, losses.mean().item(), np.array(projected))  # type: ignore[arg-type]
     return *update(optimizer, values, state, record, z), record

@@ -3,6 +3,8 @@
 For every routed row, as in `sparse`, y = x @ Q[e].T + x[U[e]] @ D[e].T, with the columns U[e] of its expert e.
 """
 
+from collections.abc import Callable
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -40,12 +42,12 @@ class SparseSwitchLinear(nn.Module):
         self._difference: mx.array | None = None
         mx.eval(self._columns, self._slots, self._base_values)
 
-    def set_values(self, values: mx.array | None) -> None:
-        """Set the trainable weights, (1, n) float32, or None to compute with the base weights alone."""
+    def set_values(self, values: mx.array | Callable[[], mx.array] | None) -> None:
+        """Set the trainable weights, (1, n) float32 or what makes them; None computes with the base weights alone."""
         if values is None:
             self._difference = None
             return
-        (own,) = values
+        (own,) = values() if callable(values) else values
         experts, columns = self._columns.shape
         difference = mx.zeros(experts * columns * self._out)
         difference[self._slots] = own - self._base_values

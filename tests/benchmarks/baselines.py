@@ -72,7 +72,7 @@ class Mezo:
         losses = []
         for scale in (epsilon, -2 * epsilon):
             self._move(seed, scale)
-            losses.append(branch_losses(scores(self.head, batch), batch, 1.0).item())
+            losses.append(branch_losses(scores(self.head, batch), batch, len(examples)).item())
         self._move(seed, epsilon)
         self._move(seed, -rate * (losses[0] - losses[1]) / (2 * epsilon))
 

@@ -1,0 +1,93 @@
+"""Steps within a memory limit: the same numbers, a smaller peak."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import write_jsonl
+from test_train import _train, _values
+
+from zo_mlx.config import TrainConfig, resolved
+from zo_mlx.data import load_dataset
+from zo_mlx.estimator import Branches, two_sided
+from zo_mlx.head import Head, split_head
+from zo_mlx.journal import Journal
+from zo_mlx.memory import peak_of
+from zo_mlx.model import load_sparse
+from zo_mlx.step import make_loss, make_optimizer, step, tokens_that_fit
+
+
+@pytest.mark.parametrize("kind", ["choices", "tokens"])
+@pytest.mark.parametrize("tokens_at_once", [1, 40, 100, 10_000])
+def test_losses_in_parts_are_those_of_one_pass(
+    tokens_at_once: int, kind: str, tiny: Path, choice_data: Path, tmp_path: Path
+) -> None:
+    sparse, tokenizer, index, _ = load_sparse(tiny)
+    file = choice_data / "train.jsonl"
+    if kind == "tokens":
+        texts: list[dict[str, object]] = [{"text": "a text " + "of some words " * (i % 3)} for i in range(12)]
+        file = write_jsonl(tmp_path / "t.jsonl", texts)
+    examples = load_dataset(file, tokenizer, 100).examples[:12]
+    whole, passes = split_head(sparse.model), []
+
+    def hidden(tokens: mx.array) -> mx.array:
+        passes.append(tokens.size)
+        return whole.hidden(tokens)
+
+    z = mx.random.normal((3, index.size), key=mx.random.key(0))
+    branches = two_sided(index.initial_values(), z, 0.1)
+    expected = make_loss(sparse, whole)(branches, examples)
+    got = make_loss(sparse, Head(hidden, whole.logits), tokens_at_once=tokens_at_once)(branches, examples)
+    assert mx.allclose(got, expected, rtol=1e-5)
+    assert len({round(x, 5) for x in expected.tolist()}) == 6, "the losses do not depend on the values"
+    longest = max(e.length for e in examples)
+    assert max(passes) <= max(tokens_at_once, longest)
+    assert len(passes) == {1: 24, 10_000: 1}.get(tokens_at_once, len(passes))
+
+
+@pytest.mark.parametrize("stackable", [True, False])
+def test_a_step_stays_within_the_limit(stackable: bool, tiny: Path, choice_data: Path) -> None:
+    """Against MLX's own peak; limits are between what a row takes and what the whole step takes."""
+    sparse, tokenizer, index, _ = load_sparse(tiny)
+    sparse.stackable = stackable
+    head, values = split_head(sparse.model), index.initial_values()
+    examples = load_dataset(choice_data / "train.jsonl", tokenizer, 100).examples[:28]
+    longest = max(examples, key=lambda e: e.length)
+    config = resolved(TrainConfig(batch_size=28, directions=7))
+
+    def peak(tokens_at_once: int | None) -> int:
+        loss, optimizer = make_loss(sparse, head, tokens_at_once=tokens_at_once), make_optimizer(config)
+        optimizer.init({"values": values})
+        return peak_of(lambda: step(loss, optimizer, values, optimizer.state, examples, 1, config))
+
+    unlimited, least = peak(None), peak(1)
+    assert least < unlimited
+    for share in (0.3, 0.6, 0.9):
+        limit = int(least + share * (unlimited - least))
+        fit, _ = tokens_that_fit(limit, sparse, head, values, longest)
+        assert longest.length <= fit
+        assert peak(fit) <= 1.02 * limit
+
+
+def test_a_limit_is_recorded_and_changes_nothing_but_rounding(tiny: Path, choice_data: Path, tmp_path: Path) -> None:
+    _train(tiny, choice_data, tmp_path / "a")
+    _train(tiny, choice_data, tmp_path / "b", memory_limit=0.001)
+    _train(tiny, choice_data, tmp_path / "c", tokens_at_once=50)
+    config = Journal.read(tmp_path / "b/journal").header["config"]
+    assert config["tokens_at_once"] >= 1
+    for name in "bc":
+        assert np.allclose(_values(tmp_path / name), _values(tmp_path / "a"), rtol=1e-3, atol=1e-5)
+    _train(tiny, choice_data, tmp_path / "b", resume=True, memory_limit=0.001, iters=8)
+
+
+def test_branches_hold_no_values_of_their_own(tiny: Path) -> None:
+    """Of K = 100,000 and 16 branches, what is held is the values and a byte for each direction and weight."""
+    values = mx.zeros(100_000)
+    z = mx.ones((8, 100_000), mx.int8)
+    mx.eval(values, z)
+    before = mx.get_active_memory()
+    branches = two_sided(values, z, 1e-3)
+    peak = peak_of(lambda: [mx.eval(branches.part(i, i + 1000)) for i in range(0, 100_000, 1000)])
+    assert peak - before < 16 * 4 * 100_000 / 10
+    assert isinstance(branches[2:4], Branches)
