@@ -16,6 +16,9 @@ LINEAR_LAYERS = (nn.Linear, nn.QuantizedLinear, *SWITCH_LAYERS)
 # Measured on x86-64 with 2 cores and OpenBLAS, 576 x 576 to 4096 x 4096: quantized_matmul takes 0.3 to 0.9 times the
 # time of dequantizing and multiplying for 1 row, and 1.3 times and more from 4 rows.
 CPU_QUANTIZED_ROWS = 2
+# Larger weights are dequantized and multiplied a part at a time, which takes 0.8 to 1.0 times the time and a third of
+# the memory: MLX's CPU backend holds what some ten operations need, and dequantizing is half a dozen.
+CPU_SLICE_BYTES = 2 << 20
 
 
 def on_cpu() -> bool:
@@ -29,45 +32,49 @@ def weight_shape(layer: nn.Module) -> tuple[int, ...]:
     return (*rows, width * 32 // layer.bits if "scales" in layer else width)
 
 
-def dequantized(layer: nn.Module) -> mx.array:
+def dequantized(layer: nn.Module, rows: Any = slice(None)) -> mx.array:
     """The weight that a linear layer effectively multiplies by.
 
     Args:
         layer: `nn.Linear` or `nn.QuantizedLinear` (or an embedding or a `SwitchLinear` of the same two kinds).
+        rows: some of its rows, as an index.
 
     Returns:
         Array of `weight_shape`, float32.
     """
     if "scales" not in layer:
-        return layer.weight.astype(mx.float32)
+        return layer.weight[rows].astype(mx.float32)
+    # Kept as they are stored: in float32, scales and biases would be an eighth of a model's size. In some modes the
+    # scales are exponents, and are no numbers to be cast.
+    scales, biases = layer.scales[rows], layer.get("biases")
+    if mx.issubdtype(scales.dtype, mx.floating):
+        scales = scales.astype(mx.float32)
+    if biases is not None:
+        biases = biases[rows].astype(mx.float32)
     settings = {**_settings(layer), "dtype": mx.float32}
     if (own := layer.get("global_scale")) is not None:  # experts in nvfp4 may have another scale each
-        parts = zip(layer.weight, layer.scales, own, strict=True)
+        parts = zip(layer.weight[rows], scales, own[rows], strict=True)
         return mx.stack([mx.dequantize(w, s, global_scale=g, **settings) for w, s, g in parts])
-    return mx.dequantize(layer.weight, *_scales(layer), **settings)
+    return mx.dequantize(layer.weight[rows], scales, biases, **settings)
 
 
 def _settings(layer: nn.Module) -> dict[str, Any]:
     return {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
 
 
-def _scales(layer: nn.Module, rows: mx.array | None = None) -> tuple[mx.array, mx.array | None]:
-    """Scales and biases, of some rows or all, in float32 where they are numbers (in some modes they are exponents).
-
-    They are kept as they are stored, since in float32 they would be an eighth of a model's size.
-    """
-    scales, biases = layer.scales, layer.get("biases")
-    if rows is not None:
-        scales, biases = scales[rows], None if biases is None else biases[rows]
-    if mx.issubdtype(scales.dtype, mx.floating):
-        scales = scales.astype(mx.float32)
-    return scales, None if biases is None else biases.astype(mx.float32)
-
-
 def _cpu_product(layer: nn.Module, x: mx.array) -> mx.array:
-    if x.size // x.shape[-1] > CPU_QUANTIZED_ROWS:
+    out, width = weight_shape(layer)
+    if x.size // width <= CPU_QUANTIZED_ROWS:
+        scales, biases = layer.scales, layer.get("biases")
+        if mx.issubdtype(scales.dtype, mx.floating):
+            scales = scales.astype(mx.float32)
+        biases = None if biases is None else biases.astype(mx.float32)
+        return mx.quantized_matmul(x, layer.weight, scales, biases, transpose=True, **_settings(layer))
+    rows = max(1, CPU_SLICE_BYTES // (4 * width))
+    if out <= 2 * rows:
         return x @ dequantized(layer).T
-    return mx.quantized_matmul(x, layer.weight, *_scales(layer), transpose=True, **_settings(layer))
+    slices = [x @ dequantized(layer, slice(start, start + rows)).T for start in range(0, out, rows)]
+    return mx.concatenate(slices, axis=-1)
 
 
 class CpuQuantizedLinear(nn.QuantizedLinear):
@@ -82,7 +89,7 @@ class CpuQuantizedEmbedding(nn.QuantizedEmbedding):
     """`nn.QuantizedEmbedding` in float32, whose use as an output head dequantizes and multiplies."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        return mx.dequantize(self.weight[x], *_scales(self, x), **_settings(self), dtype=mx.float32)
+        return dequantized(self, x)
 
     def as_linear(self, x: mx.array) -> mx.array:
         return _cpu_product(self, x)

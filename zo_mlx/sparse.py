@@ -76,7 +76,9 @@ class SparseLinear(nn.Module):
         if self._values is None:
             return y
         difference = self._make_difference() if self._difference is None else self._difference
-        gathered = x[..., self._columns].reshape(len(difference), -1, self._columns.size)
+        # Four to eighteen times as fast on the CPU as x[..., columns].
+        columns = mx.broadcast_to(self._columns, (*x.shape[:-1], self._columns.size))
+        gathered = mx.take_along_axis(x, columns, axis=-1).reshape(len(difference), -1, self._columns.size)
         stacked = y.reshape(len(difference), -1, self._out)
         return mx.addmm(stacked, gathered, difference.astype(y.dtype)).reshape(y.shape)
 

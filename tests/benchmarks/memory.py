@@ -2,7 +2,7 @@
 
     python tests/benchmarks/memory.py [--model demo/model] [--plot FILE] [--json FILE]
 
-For batches of 1 to 32 rows of 64 to 1024 tokens: MLX's peak, weights included, while evaluating the rows once, and
+For batches of 1 to 32 rows of 64 to 1024 tokens, 8192 in all at most: MLX's peak, weights included, while evaluating the rows once, and
 while training on them with a memory limit of 1.1 times that. LoRA (all layers, rank 8, Adam, with gradient
 checkpointing) has the same weights dequantized to float32, so only what it takes above them is given.
 """
@@ -29,7 +29,7 @@ from zo_mlx.step import make_loss, make_optimizer, step, tokens_that_fit
 from zo_mlx.train import CACHE_BYTES
 
 BATCHES, LENGTHS = (1, 4, 16, 32), (64, 256, 1024)
-MOST_TOKENS = 16 * 1024
+MOST_TOKENS = 8 * 1024
 
 
 def examples_of(rows: int, length: int, vocabulary: int) -> list[Example]:
