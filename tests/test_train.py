@@ -10,10 +10,12 @@ from conftest import write_jsonl
 
 import zo_mlx
 from zo_mlx import adapter, estimator
+from zo_mlx.data import Example
 from zo_mlx.errors import UsageError, ZoError
 from zo_mlx.index import FILE_NAME, read_index
 from zo_mlx.journal import Journal
 from zo_mlx.model import load_sparse
+from zo_mlx.run import Meter
 from zo_mlx.step import step
 
 FAST = {"iters": 6, "batch_size": 4, "directions": 2, "save_every": 3, "steps_per_eval": 4, "progress": False}
@@ -188,3 +190,10 @@ def test_the_mask_reaches_the_loss(tiny: Path, tmp_path: Path) -> None:
         assert result.train_loss == pytest.approx(expected, abs=1e-3)
         losses.append(expected)
     assert abs(losses[0] - losses[1]) > 0.1
+
+
+def test_the_share_of_padding_is_reported() -> None:
+    meter = Meter()
+    meter.add(2.0, 0.5, [Example([[1] * 3], [[]]), Example([[1] * 5], [[]])])
+    found = meter.take()
+    assert (found["padding"], found["tokens_per_second"]) == (pytest.approx(0.2), 4.0)

@@ -232,26 +232,29 @@ class Meter:
     def __init__(self) -> None:
         self._seconds: list[float] = []
         self._losses: list[float] = []
-        self._tokens = 0
+        self._tokens = self._padded = 0
         self._reported = 0
         self.last_loss: float | None = None
 
     def add(self, seconds: float, loss: float, examples: list[Any]) -> None:
         self._seconds.append(seconds)
         self._losses.append(loss)
-        self._tokens += sum(len(row) for e in examples for row in e.rows)
+        rows = [len(row) for e in examples for row in e.rows]
+        self._tokens += sum(rows)
+        self._padded += len(rows) * max(rows)
 
     def take(self) -> dict[str, float]:
-        """The averages since the last call, under mlx-lm's names."""
+        """The averages since the last call, under mlx-lm's names; and the share of padding in what was computed."""
         seconds = sum(self._seconds[self._reported :])
         self.last_loss = sum(self._losses) / len(self._losses)
         result = {
             "train_loss": self.last_loss,
             "iterations_per_second": len(self._losses) / seconds,
             "tokens_per_second": self._tokens / seconds,
+            "padding": 1 - self._tokens / self._padded,
             "peak_memory": mx.get_peak_memory() / 1e9,
         }
-        self._losses, self._tokens, self._reported = [], 0, len(self._seconds)
+        self._losses, self._tokens, self._padded, self._reported = [], 0, 0, len(self._seconds)
         return result
 
     @property

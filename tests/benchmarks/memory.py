@@ -2,9 +2,9 @@
 
     python tests/benchmarks/memory.py [--model demo/model] [--plot FILE] [--json FILE]
 
-For batches of 1 to 32 rows of 64 to 1024 tokens, 8192 in all at most: MLX's peak, weights included, while evaluating the rows once, and
-while training on them with a memory limit of 1.1 times that. LoRA (all layers, rank 8, Adam, with gradient
-checkpointing) has the same weights dequantized to float32, so only what it takes above them is given.
+For batches of 1 to 32 rows of 64 to 1024 tokens, 8192 in all at most: MLX's peak, weights included, while evaluating
+the rows once, and while training on them with a memory limit of 1.1 times that. LoRA (all layers, rank 8, Adam, with
+gradient checkpointing) has the same weights dequantized to float32, so only what it takes above them is given.
 """
 
 import zo_mlx  # isort: skip  # noqa: F401  (first, so that MLX gets a fast BLAS)

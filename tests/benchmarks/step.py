@@ -1,13 +1,15 @@
 """Time and memory of a training step, against forward passes of the same rows, and against other ways to train.
 
-    python tests/benchmarks/step.py [--model demo/model|tinyllama] [--data examples/support] [--others] [--json FILE]
+    python tests/benchmarks/step.py [--model demo/model|tinyllama] [--data examples/support] [--others] [--num-layers N]
+        [--json FILE]
 
 All arms run in one process, in alternation, on the same batches; the table gives medians, and the ratio is the median
 of the ratios of neighbours. `floor` is one stacked pass of the base model with logits at the target positions only,
 as in the step; `full` computes logits everywhere, as calling the model does. With `--others` all arms compute with
 dense float32 weights, dequantized once: `mezo` perturbs all weights in place, `mezo-sparse` the sensitive ones, both
 with two passes of one direction; `lora` is mlx-lm's step (all layers, rank 8, Adam), also with its gradient
-checkpointing.
+checkpointing. With `--num-layers N` there are steps that train the last N blocks: `last`, and `last-warm`, which finds
+what comes before them in its cache.
 """
 
 import zo_mlx  # isort: skip  # noqa: F401  (first, so that MLX gets a fast BLAS)
@@ -26,12 +28,14 @@ import numpy as np
 from baselines import Mezo, checkpointed, dense_model, lora_step
 from shapes import SHAPES, make_quantized_model
 
+from zo_mlx.blocks import BlockwiseModel
 from zo_mlx.config import TrainConfig, resolved
 from zo_mlx.data import Dataset, Example, Target, batch_order, load_dataset
 from zo_mlx.head import split_head
 from zo_mlx.index import read_index
 from zo_mlx.model import load_sparse
 from zo_mlx.objective import collate, scores
+from zo_mlx.prefix import Prefix
 from zo_mlx.sparse import SparseModel
 from zo_mlx.step import make_loss, make_optimizer, step
 
@@ -67,6 +71,24 @@ def own_arms(sparse: SparseModel, config: TrainConfig, values: mx.array) -> Arms
         "floor": base(lambda shares: scores(head, collate(shares))),
         "full": base(lambda shares: sparse.model(collate(shares).tokens)),
     }
+
+
+def last_arms(path: Path, blocks: int, config: TrainConfig) -> tuple[Arms, Callable[[list[Any]], object]]:
+    """Steps that train the last blocks, and what fills the cache with a batch."""
+    sparse, _, index, _ = load_sparse(path)
+    head, all_values = split_head(sparse.model), index.initial_values()
+    values = all_values[mx.array(sparse.train_last(blocks, all_values))]
+    model, arms = BlockwiseModel(sparse.model), {}
+    for name, cache_bytes in (("last", None), ("last-warm", 1 << 30)):
+        prefix = Prefix(model, sparse.first_block, cache_bytes)
+        loss, optimizer = make_loss(sparse, head, prefix), make_optimizer(config)
+        optimizer.init({"values": values})
+
+        def arm(examples: list[Any], n: int, f: Any = loss, o: Any = optimizer, state: Any = optimizer.state) -> None:
+            mx.eval(step(f, o, values, state, examples, n + 1, config)[0])
+
+        arms[name] = arm
+    return arms, lambda examples: prefix.skipped(collate([examples]).tokens, [examples])
 
 
 def other_arms(path: Path) -> Arms:
@@ -108,12 +130,17 @@ def run(path: Path, args: argparse.Namespace) -> dict[str, Any]:
     arms = own_arms(sparse, settings, index.initial_values())
     if args.others:
         arms = {name: arm for name, arm in arms.items() if name != "full"} | other_arms(path)
+    warm: Callable[[list[Any]], object] = lambda batch: None  # noqa: E731
+    if args.num_layers:
+        last, warm = last_arms(path, args.num_layers, settings)
+        arms |= last
     order = batch_order(examples, args.batch_size, seed=0, epoch=0)
     times: dict[str, list[float]] = {name: [] for name in arms}
     memory: dict[str, list[int]] = {name: [] for name in arms}
     tokens = []
     for number in range(args.repeats + 1):
         batch = [examples[i] for i in order[number % len(order)]]
+        warm(batch)
         for name, arm in arms.items():
             seconds, peak = measure(lambda a=arm, n=number, b=batch: a(b, n))  # type: ignore[misc]
             if number:  # the first round warms up
@@ -133,6 +160,7 @@ def main() -> None:
     parser.add_argument("--directions", type=int)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--others", action="store_true", help="against MeZO and LoRA, on dense weights")
+    parser.add_argument("--num-layers", type=int, metavar="N", help="steps that train the last N blocks, too")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
