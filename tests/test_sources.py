@@ -1,6 +1,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx_lm
@@ -134,14 +135,22 @@ def test_bad_sources_are_one_clear_line_and_leave_nothing(damage: object, proble
 
 
 @pytest.mark.parametrize(
-    ("mode", "group", "bits"), [("affine", 64, 4), ("affine", 32, 8), ("mxfp4", 32, 4), ("nvfp4", 16, 4)]
+    "quantization",
+    [
+        *({"q_bits": bits} for bits in (2, 3, 4, 5, 6)),
+        {"q_bits": 8, "q_group_size": 32},
+        {"q_mode": "mxfp4"},
+        {"q_mode": "mxfp8"},
+        {"q_mode": "nvfp4"},
+        {"quant_predicate": "mixed_3_6", "q_group_size": 64},
+    ],
 )
 def test_a_model_that_is_already_quantized_gets_its_index(
-    mode: str, group: int, bits: int, choice_data: Path, tmp_path: Path
+    quantization: dict[str, Any], choice_data: Path, tmp_path: Path
 ) -> None:
     """Scores are those of the dense model with the dequantized weights; the weights stay as they are."""
     stock, source = tmp_path / "stock", write_hf_llama(tmp_path / "hf", mx.float32)
-    mlx_lm.convert(str(source), str(stock), quantize=True, q_mode=mode, q_group_size=group, q_bits=bits)
+    mlx_lm.convert(str(source), str(stock), quantize=True, **quantization)
     zo_mlx.convert(str(stock), str(tmp_path / "out"), density=0.02, **SMALL)
     assert (tmp_path / "out/model.safetensors").read_bytes() == (stock / "model.safetensors").read_bytes()
 
@@ -150,7 +159,12 @@ def test_a_model_that_is_already_quantized_gets_its_index(
     weights = dense_weights(quantized)
     embedding = quantized.model.embed_tokens
     weights["model.embed_tokens"] = mx.dequantize(
-        embedding.weight, embedding.scales, embedding.get("biases"), group, bits, mode
+        embedding.weight,
+        embedding.scales,
+        embedding.get("biases"),
+        embedding.group_size,
+        embedding.bits,
+        embedding.mode,
     )
     dense.set_dtype(mx.float32)
     dense.update(tree_unflatten([(f"{p}.weight", w.astype(mx.float32)) for p, w in weights.items()]))
