@@ -170,7 +170,7 @@ def convert(
         model, config = source.open_model(), source.config
         if not source.quantized:
             model, config = quantization.apply(model, config)
-        work.check_space(model_bytes(model) + checkpoint_bytes(source.open_model, sequences))
+        work.check_space(model_bytes(model) + checkpoint_bytes(source, sequences))
         del model
         watch = Stopwatch()
         ranking = rank(source, sequences, density, scope, limit, Checkpoint(work.scoring), watch, progress)
@@ -199,7 +199,7 @@ def convert(
         write_index(index, work.result)
         measurements = None
         if windows is not None:
-            measurements = before_and_after(source.open_model, work.result, index, windows, progress)
+            measurements = before_and_after(source, work.result, index, windows, progress)
             watch.lap("perplexity")
         done = Conversion(
             str(out),

@@ -12,13 +12,14 @@ import numpy as np
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..blocks import BlockwiseModel, opened, run_blocks
+from ..blocks import opened, run_blocks
 from ..errors import UsageError
 from ..index import SensitiveIndex
 from ..model import load_stock_model
 from ..product import SWITCH_LAYERS, dequantized, prepare, weight_shape
 from ..progress import Progress
 from .sensitivity import sequence_loss, token_windows
+from .sources import Source
 
 # As in `mlx_lm.perplexity`; more windows would say little more.
 _TOKENS, _WINDOWS = 512, 64
@@ -43,7 +44,7 @@ def perplexity_windows(tokenizer: TokenizerWrapper, text: str) -> np.ndarray:
 
 
 def before_and_after(
-    open_model: Callable[[], nn.Module], directory: Path, index: SensitiveIndex, windows: np.ndarray, progress: bool
+    source: Source, directory: Path, index: SensitiveIndex, windows: np.ndarray, progress: bool
 ) -> dict[str, Any]:
     """Perplexity of the `source`, of the model in `directory` as `quantized`, and `with_sensitive` weights in place."""
 
@@ -51,29 +52,28 @@ def before_and_after(
         return load_stock_model(directory, lazy=True)[0]
 
     ways = {
-        "source": open_model,
+        "source": source.open_model,
         "quantized": quantized,
         "with_sensitive": lambda: with_sensitive_weights(quantized(), index),
     }
-    with Progress("Perplexity", len(ways) * len(windows) * len(open_model().layers), "block", progress) as bar:
+    with Progress("Perplexity", len(ways) * len(windows) * len(source.open_model().layers), "block", progress) as bar:
         return {"tokens": windows.size} | {
-            name: asdict(perplexity(way, windows, bar.advance)) for name, way in ways.items()
+            name: asdict(perplexity(way, windows, source.is_chain, bar.advance)) for name, way in ways.items()
         }
 
 
 def perplexity(
-    open_model: Callable[[], nn.Module], sequences: np.ndarray, advance: Callable[[], None] = lambda: None
+    open_model: Callable[[], nn.Module], sequences: np.ndarray, chain: bool, advance: Callable[[], None]
 ) -> Perplexity:
     """Measure a model block by block; one that is not a chain of blocks, in memory.
 
     Args:
         open_model: gives the model with its weights not yet read, as often as it is called.
         sequences: (N, T) int32 tokens; the first token of each is not predicted.
+        chain: whether the model's blocks are a plain chain.
         advance: called for each block and sequence.
     """
     rows = [mx.array(row) for row in sequences]
-    with BlockwiseModel(open_model()) as model:
-        chain = model.is_chain()
     losses = []
     if chain:
         with opened(open_model) as model:

@@ -4,14 +4,14 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..blocks import BlockwiseModel, opened
+from ..blocks import opened
 from ..errors import UsageError
 from ..index import SensitiveTensor
 from ..product import dequantized, weight_shape
@@ -89,9 +89,7 @@ def rank(
     sizes = {path: math.prod(weight_shape(modules[path])) for path in scored_layers(model)}
     selector, masses = Selector(sizes, density, scope), {}
     del modules
-    blocks = len(model.layers)
-    with BlockwiseModel(model) as blockwise:
-        chain = blockwise.is_chain()
+    blocks, chain = len(model.layers), source.is_chain
     del model
     if not chain:
         _warn_of_memory(source)
@@ -150,11 +148,11 @@ def _warn_of_memory(source: Source) -> None:
     )
 
 
-def checkpoint_bytes(open_model: Callable[[], nn.Module], sequences: np.ndarray) -> int:
+def checkpoint_bytes(source: Source, sequences: np.ndarray) -> int:
     """Bytes on disk of what goes into and comes back from each block, for all sequences, if it is to be kept."""
-    with computing(), opened(open_model) as model:
-        if not model.is_chain():
-            return 0
+    if not source.is_chain:
+        return 0
+    with computing(), opened(source.open_model) as model:
         return (len(model.blocks) + 1) * len(sequences) * model.inputs(mx.array(sequences[:1, :-1]), 0).nbytes
 
 

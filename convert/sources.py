@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from mlx_lm.convert import MODEL_CONVERSION_DTYPES
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import _download
 
+from ..blocks import BlockwiseModel
 from ..errors import UsageError, ZoError
 from ..files import new_directory, read_json
 from ..model import load_stock_model, load_tokenizer_of
@@ -40,6 +42,12 @@ class Source:
     def quantized(self) -> bool:
         """Whether MLX has already quantized it."""
         return "quantization" in self.config
+
+    @cached_property
+    def is_chain(self) -> bool:
+        """Whether the model's blocks are a plain chain, each fed by the one before: `BlockwiseModel.is_chain`."""
+        with BlockwiseModel(self.open_model()) as model:
+            return model.is_chain()
 
     def open_model(self) -> nn.Module:
         """The model with weights that are read when they are first used; every call gives a new one."""

@@ -6,6 +6,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import write_hf_llama
 from test_train import _train, _values
 
 import zo_mlx
@@ -15,10 +16,11 @@ from zo_mlx.data import Example, load_dataset
 from zo_mlx.errors import Interrupted, UsageError
 from zo_mlx.estimator import two_sided
 from zo_mlx.head import split_head
-from zo_mlx.index import read_index
+from zo_mlx.index import SensitiveIndex, SensitiveTensor, read_index
 from zo_mlx.journal import Journal
-from zo_mlx.model import load_sparse
+from zo_mlx.model import load_sparse, load_stock_model
 from zo_mlx.prefix import Prefix
+from zo_mlx.sparse import SparseModel
 from zo_mlx.step import make_loss
 
 
@@ -144,3 +146,12 @@ def test_blocks_without_sensitive_weights_are_refused(tiny: Path, choice_data: P
     assert not (tmp_path / "a").exists()
     with pytest.raises(UsageError, match="num_layers must be at least 1, or -1"):
         TrainConfig(num_layers=0).check()
+
+
+def test_a_layer_outside_the_blocks_counts_as_after_the_last(tmp_path: Path) -> None:
+    """No converter chooses such a weight, but an index is a file from a stranger."""
+    model, _ = load_stock_model(write_hf_llama(tmp_path / "hf", tie_word_embeddings=False))
+    tensor = SensitiveTensor(np.array([3], np.uint32), mx.zeros(1), np.ones(1, np.float32))
+    sparse = SparseModel(model, SensitiveIndex({"lm_head": tensor}))
+    assert sparse.train_last(1, mx.zeros(1)).tolist() == [0]
+    assert sparse.first_block == 3

@@ -44,18 +44,23 @@ def dequantized(layer: nn.Module, rows: Any = slice(None)) -> mx.array:
     """
     if "scales" not in layer:
         return layer.weight[rows].astype(mx.float32)
-    # Kept as they are stored: in float32, scales and biases would be an eighth of a model's size. In some modes the
-    # scales are exponents, and are no numbers to be cast.
-    scales, biases = layer.scales[rows], layer.get("biases")
-    if mx.issubdtype(scales.dtype, mx.floating):
-        scales = scales.astype(mx.float32)
-    if biases is not None:
-        biases = biases[rows].astype(mx.float32)
+    scales, biases = _scales(layer, rows)
     settings = {**_settings(layer), "dtype": mx.float32}
     if (own := layer.get("global_scale")) is not None:  # experts in nvfp4 may have another scale each
         parts = zip(layer.weight[rows], scales, own[rows], strict=True)
         return mx.stack([mx.dequantize(w, s, global_scale=g, **settings) for w, s, g in parts])
     return mx.dequantize(layer.weight[rows], scales, biases, **settings)
+
+
+def _scales(layer: nn.Module, rows: Any = slice(None)) -> tuple[mx.array, mx.array | None]:
+    """Scales and biases, in float32 but for modes whose scales are exponents and no numbers to be cast.
+
+    They are kept as they are stored: in float32 they would be an eighth of a model's size.
+    """
+    scales, biases = layer.scales[rows], layer.get("biases")
+    if mx.issubdtype(scales.dtype, mx.floating):
+        scales = scales.astype(mx.float32)
+    return scales, None if biases is None else biases[rows].astype(mx.float32)
 
 
 def _settings(layer: nn.Module) -> dict[str, Any]:
@@ -65,11 +70,7 @@ def _settings(layer: nn.Module) -> dict[str, Any]:
 def _cpu_product(layer: nn.Module, x: mx.array) -> mx.array:
     out, width = weight_shape(layer)
     if x.size // width <= CPU_QUANTIZED_ROWS:
-        scales, biases = layer.scales, layer.get("biases")
-        if mx.issubdtype(scales.dtype, mx.floating):
-            scales = scales.astype(mx.float32)
-        biases = None if biases is None else biases.astype(mx.float32)
-        return mx.quantized_matmul(x, layer.weight, scales, biases, transpose=True, **_settings(layer))
+        return mx.quantized_matmul(x, layer.weight, *_scales(layer), transpose=True, **_settings(layer))
     rows = max(1, CPU_SLICE_BYTES // (4 * width))
     if out <= 2 * rows:
         return x @ dequantized(layer).T

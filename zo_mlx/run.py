@@ -148,7 +148,7 @@ class Run:
     def prefix(self) -> Prefix | None:
         """What computes the blocks before the first trained one, if there are any."""
         first, size = self.sparse.first_block, self.config.cache_prefix
-        if first == 0:
+        if not 0 < first < len(self.sparse.model.layers):
             return None
         blocks = BlockwiseModel(self.sparse.model)
         if blocks.is_chain():

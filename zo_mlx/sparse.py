@@ -144,14 +144,14 @@ class SparseModel:
             UsageError: none of the blocks has any trainable weights.
         """
         starts = [0, *self._ends[:-1]]
-        pieces = list(zip(self._layers, starts, self._ends, strict=True))
-        first = len(self.model.layers) - blocks
-        kept = [piece for piece in pieces if self._block_of(piece[0]) >= first]
+        kept = []
+        for number, layer, start, end in zip(self._block_numbers(), self._layers, starts, self._ends, strict=True):
+            if number >= len(self.model.layers) - blocks:
+                kept.append((layer, start, end))
+            else:
+                layer.set_values(values[None, start:end])
         if not kept:
             raise UsageError(f"--num-layers {blocks}: the last {blocks} blocks have no sensitive weights")
-        for layer, start, end in pieces:
-            if self._block_of(layer) < first:
-                layer.set_values(values[None, start:end])
         self._layers = [layer for layer, _, _ in kept]
         self._ends = np.cumsum([end - start for _, start, end in kept]).tolist()
         return np.concatenate([np.arange(start, end, dtype=np.uint32) for _, start, end in kept])
@@ -159,10 +159,13 @@ class SparseModel:
     @property
     def first_block(self) -> int:
         """The number of the first block with trainable weights."""
-        return min(self._block_of(layer) for layer in self._layers)
+        return min(self._block_numbers())
 
-    def _block_of(self, layer: nn.Module) -> int:
-        return next(i for i, block in enumerate(self.model.layers) if any(m is layer for m in block.modules()))
+    def _block_numbers(self) -> list[int]:
+        """For each layer, the block it is in; what is in none counts as after the last."""
+        blocks = self.model.layers
+        numbers = {id(m): i for i, block in enumerate(blocks) for m in block.modules()}
+        return [numbers.get(id(layer), len(blocks)) for layer in self._layers]
 
     def set_values(self, values: mx.array | Branches | None) -> None:
         """Set the values of P branches, (P, K) float32; None computes with the base model alone."""
