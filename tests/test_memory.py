@@ -8,13 +8,14 @@ import pytest
 from conftest import write_jsonl
 from test_train import _train, _values
 
-from zo_mlx.data import load_dataset
+from zo_mlx.config import TrainConfig, resolved
+from zo_mlx.data import Example, Target, load_dataset
 from zo_mlx.estimator import Branches, two_sided
 from zo_mlx.head import Head, split_head
 from zo_mlx.journal import Journal
 from zo_mlx.memory import peak_of
 from zo_mlx.model import load_sparse
-from zo_mlx.step import make_loss
+from zo_mlx.step import make_loss, make_optimizer, step, tokens_that_fit
 
 
 @pytest.mark.parametrize("kind", ["choices", "tokens"])
@@ -43,6 +44,29 @@ def test_losses_in_parts_are_those_of_one_pass(
     longest = max(e.length for e in examples)
     assert max(passes) <= max(tokens_at_once, longest)
     assert len(passes) == {1: 24, 10_000: 1}.get(tokens_at_once, len(passes))
+
+
+def test_a_step_of_a_real_model_stays_within_the_limit(smollm2: Path) -> None:
+    """Against MLX's own peak. (A tiny model's depends on how far MLX's threads are ahead of each other.)"""
+    sparse, _, index, _ = load_sparse(smollm2)
+    head, values = split_head(sparse.model), index.initial_values()
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(0, 49_000, length).tolist() for length in (160, 256, 200, 256)]
+    examples = [Example([row], [[Target(0, len(row) - 1, t)] for t in (5, 6)], 0, ("a", "b")) for row in rows]
+    config = resolved(TrainConfig(batch_size=4, directions=4))
+
+    def peak(tokens_at_once: int | None) -> int:
+        loss, optimizer = make_loss(sparse, head, tokens_at_once=tokens_at_once), make_optimizer(config)
+        optimizer.init({"values": values})
+        return peak_of(lambda: step(loss, optimizer, values, optimizer.state, examples, 1, config))
+
+    unlimited, least = peak(None), peak(1)
+    assert least < 0.95 * unlimited
+    limit = (least + unlimited) // 2
+    fit, alone = tokens_that_fit(limit, sparse, head, values, examples[1])
+    assert 256 <= fit < 8 * 256
+    assert peak(fit) <= 1.01 * limit
+    assert alone == pytest.approx(least, rel=0.1)
 
 
 def test_a_limit_is_recorded_and_changes_nothing_but_rounding(tiny: Path, choice_data: Path, tmp_path: Path) -> None:

@@ -1,9 +1,8 @@
 """Fine-tune 4-bit language models with forward passes only: sparse zeroth-order training in MLX."""
 
-from ._cpu import evaluate_depth_first, open_fast_blas
+from ._blas import open_fast_blas
 
 open_fast_blas()  # before anything imports mlx
-evaluate_depth_first()
 
 __version__ = "0.1.0"
 

@@ -1,4 +1,4 @@
-"""MLX's cache of freed buffers, bounded for the duration of some work."""
+"""MLX's memory, bounded for the duration of some work, and measured."""
 
 import contextlib
 import gc
@@ -17,10 +17,27 @@ def bounded_cache(limit: int) -> Iterator[None]:
         mx.set_cache_limit(before)
 
 
+@contextlib.contextmanager
+def held_below(limit: int | None) -> Iterator[None]:
+    """Let MLX finish what it has begun before it holds more than `limit` bytes, as far as that is possible.
+
+    Without it, MLX makes room for operations long before their turn, and how long depends on the machine.
+    """
+    if limit is None:
+        yield
+        return
+    before = mx.set_memory_limit(limit)
+    try:
+        yield
+    finally:
+        mx.set_memory_limit(before)
+
+
 def peak_of(run: Callable[[], object]) -> int:
-    """The most bytes that MLX holds while something runs, in all."""
+    """The most bytes that MLX must hold while something runs, in all: with one operation at a time."""
     gc.collect()  # modules that refer to each other keep their arrays until then
     mx.clear_cache()
     mx.reset_peak_memory()
-    run()
+    with held_below(1):
+        run()
     return mx.get_peak_memory()

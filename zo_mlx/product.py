@@ -32,12 +32,14 @@ def weight_shape(layer: nn.Module) -> tuple[int, ...]:
     return (*rows, width * 32 // layer.bits if "scales" in layer else width)
 
 
-def dequantized(layer: nn.Module, rows: Any = slice(None)) -> mx.array:
+def dequantized(layer: nn.Module, rows: Any = slice(None), after: mx.array | None = None) -> mx.array:
     """The weight that a linear layer effectively multiplies by.
 
     Args:
         layer: `nn.Linear` or `nn.QuantizedLinear` (or an embedding or a `SwitchLinear` of the same two kinds).
         rows: some of its rows, as an index.
+        after: MLX is not to begin before this is made; it knows no better than to make weights long before their turn,
+            and holds them until then.
 
     Returns:
         Array of `weight_shape`, float32.
@@ -49,7 +51,10 @@ def dequantized(layer: nn.Module, rows: Any = slice(None)) -> mx.array:
     if (own := layer.get("global_scale")) is not None:  # experts in nvfp4 may have another scale each
         parts = zip(layer.weight[rows], scales, own[rows], strict=True)
         return mx.stack([mx.dequantize(w, s, global_scale=g, **settings) for w, s, g in parts])
-    return mx.dequantize(layer.weight[rows], scales, biases, **settings)
+    packed = layer.weight[rows]
+    if after is not None:
+        (packed,) = mx.depends([packed], [after])
+    return mx.dequantize(packed, scales, biases, **settings)
 
 
 def _scales(layer: nn.Module, rows: Any = slice(None)) -> tuple[mx.array, mx.array | None]:
@@ -71,10 +76,13 @@ def _cpu_product(layer: nn.Module, x: mx.array) -> mx.array:
     out, width = weight_shape(layer)
     if x.size // width <= CPU_QUANTIZED_ROWS:
         return mx.quantized_matmul(x, layer.weight, *_scales(layer), transpose=True, **_settings(layer))
-    rows = max(1, CPU_SLICE_BYTES // (4 * width))
-    if out <= 2 * rows:
-        return x @ dequantized(layer).T
-    slices = [x @ dequantized(layer, slice(start, start + rows)).T for start in range(0, out, rows)]
+    step = max(1, CPU_SLICE_BYTES // (4 * width))
+    if out <= 2 * step:
+        return x @ dequantized(layer, after=x).T
+    # Each slice after the product of the one before.
+    slices = [x @ dequantized(layer, slice(0, step), after=x).T]
+    for start in range(step, out, step):
+        slices.append(x @ dequantized(layer, slice(start, start + step), after=slices[-1]).T)
     return mx.concatenate(slices, axis=-1)
 
 

@@ -10,7 +10,7 @@ from . import adapter, journal
 from .config import CHANGEABLE, TrainConfig
 from .errors import UsageError
 from .files import locked, reporting_disk_errors
-from .memory import bounded_cache
+from .memory import bounded_cache, held_below
 from .run import Report, Run, TrainResult
 
 # MLX keeps freed buffers for reuse; batches of many lengths would otherwise make it keep several generations of them.
@@ -66,6 +66,8 @@ def train(
                 _refuse_run(directory)  # another process may have begun one while the model was loading
             run.start()
         held.enter_context(run.journal.open())
+        limit = run.config.memory_limit
+        held.enter_context(held_below(None if limit is None else int(limit * 1e9)))
         return run.go()
 
 

@@ -1,28 +1,17 @@
-"""Set MLX's CPU backend up: a fast matrix product, and little memory.
+"""Give MLX's CPU backend a fast matrix product on Linux.
 
 The Linux wheel of MLX is linked to the reference BLAS, in which a float32 product takes about 50 times
 as long as in OpenBLAS. The dynamic linker resolves MLX's calls to whichever library offered `cblas_sgemm` first,
 so opening OpenBLAS (PyPI: cmeel-openblas) with global symbols *before* `mlx.core` is all it takes.
-
-MLX orders the evaluation of a graph breadth first, up to a width of 20, so that a GPU has much to do at a time. A CPU
-gains nothing from it, and what is made early, like dequantized weights, is held until its turn.
-
 On macOS MLX uses Accelerate and Metal, and this module does nothing.
 """
 
 import ctypes
 import importlib.metadata
-import os
 import sys
 import tempfile
 import warnings
 from pathlib import Path
-
-
-def evaluate_depth_first() -> None:
-    """Let MLX make things when they are needed. Read once, at its first evaluation; without effect off Linux."""
-    if sys.platform == "linux" and _installed("mlx-cpu", "") is not None:
-        os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1")
 
 
 def open_fast_blas() -> bool:
