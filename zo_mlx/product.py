@@ -53,7 +53,7 @@ def dequantized(layer: nn.Module, rows: Any = slice(None), after: mx.array | Non
         return mx.stack([mx.dequantize(w, s, global_scale=g, **settings) for w, s, g in parts])
     packed = layer.weight[rows]
     if after is not None:
-        (packed,) = mx.depends([packed], [after])
+        (packed,) = mx.depends([packed], [mx.stop_gradient(after)])
     return mx.dequantize(packed, scales, biases, **settings)
 
 
