@@ -2,17 +2,20 @@
 
 For each of the model's blocks, `input-<number>` holds what goes into it; the number after the last stands for what
 comes out. `gradient-<number>` holds the gradients with respect to the same, and the candidates of the block.
+`files.json` lists the files that count, with their SHA-256.
 """
 
 import json
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
-from ..files import load_safetensors, write_atomically
+from ..errors import UsageError
+from ..files import load_safetensors, read_json, sha256, write_atomically
 
 
 @dataclass
@@ -34,23 +37,36 @@ class Checkpoint:
     """Block inputs, gradients and candidates; each file is written whole or not at all.
 
     Args:
-        directory: made if it does not exist.
+        directory: made if it does not exist; if it holds files that are not as they were written, it is emptied.
     """
 
     def __init__(self, directory: Path):
         self._directory = directory
         directory.mkdir(exist_ok=True)
         self._noted: dict[str, Candidates] = {}
+        self._list = directory / "files.json"
+        self._sha256: dict[str, str] = {}
+        if self._list.exists():
+            try:
+                self._sha256 = read_json(self._list)
+                there = {f.name: sha256(f) for f in directory.iterdir() if f.name in self._sha256}
+                whole = there == self._sha256
+            except (UsageError, OSError):
+                whole = False
+            if not whole:
+                print(f"Warning: {directory} is damaged: beginning again", file=sys.stderr)
+                self.clear()
 
     def _numbers(self, kind: str) -> list[int]:
-        names = (f.name for f in self._directory.glob(f"{kind}-*.safetensors"))
-        return sorted(int(n[1]) for name in names if (n := re.fullmatch(kind + r"-(\d+)\.safetensors", name)))
+        return sorted(int(n[1]) for name in self._sha256 if (n := re.fullmatch(kind + r"-(\d+)\.safetensors", name)))
 
     def _path(self, kind: str, number: int) -> Path:
         return self._directory / f"{kind}-{number}.safetensors"
 
-    def _save(self, kind: str, number: int, arrays: dict[str, mx.array], **metadata: str) -> None:
-        write_atomically(self._path(kind, number), lambda p: mx.save_safetensors(str(p), arrays, metadata))
+    def _save(self, path: Path, arrays: dict[str, mx.array], **metadata: str) -> None:
+        write_atomically(path, lambda p: mx.save_safetensors(str(p), arrays, metadata))
+        self._sha256[path.name] = sha256(path)
+        write_atomically(self._list, lambda p: p.write_text(json.dumps(self._sha256)))
 
     def _states(self, kind: str, number: int) -> list[mx.array]:
         arrays, _ = load_safetensors(self._path(kind, number))
@@ -73,7 +89,7 @@ class Checkpoint:
 
     def put_inputs(self, number: int, states: list[mx.array]) -> None:
         """Keep what goes into a block, by sequence."""
-        self._save("input", number, {str(n): x for n, x in enumerate(states)})
+        self._save(self._path("input", number), {str(n): x for n, x in enumerate(states)})
 
     def inputs(self, number: int) -> list[mx.array]:
         """What goes into a block, by sequence; read from the file when it is first used."""
@@ -95,14 +111,17 @@ class Checkpoint:
                 arrays[f"{path}.positions"] = mx.array(found.positions.astype(np.uint32))
                 arrays[f"{path}.scores"] = mx.array(found.scores)
         masses = {path: found.mass for path, found in self._noted.items()}
-        self._save("gradient", number, arrays, masses=json.dumps(masses))
+        used = self._path("input", number)
+        self._sha256.pop(used.name, None)
+        self._save(self._path("gradient", number), arrays, masses=json.dumps(masses))
         self._noted.clear()
-        self._path("input", number).unlink(missing_ok=True)
+        used.unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Forget everything: there is nothing to go on with."""
         for file in self._directory.iterdir():
             file.unlink()
+        self._sha256.clear()
 
     def candidates(self) -> dict[str, Candidates]:
         """Those of all finished blocks, by layer, from the last block to the first."""

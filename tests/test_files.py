@@ -1,3 +1,4 @@
+import fcntl
 import subprocess
 import sys
 from pathlib import Path
@@ -87,3 +88,21 @@ except ZoError as e:
 """
     assert run_on_full_disk(code, 5000).startswith("ZoError cannot write")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("made_again", [False, True])
+def test_a_directory_removed_before_it_is_locked_is_not_held(
+    tmp_path: Path, made_again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").mkdir()
+    lock = fcntl.flock
+
+    def late(fd: int, operation: int) -> None:
+        (tmp_path / "a").rmdir()
+        if made_again:
+            (tmp_path / "a").mkdir()
+        lock(fd, operation)
+
+    monkeypatch.setattr(files.fcntl, "flock", late)
+    with pytest.raises(UsageError, match="in use by another process"), files.locked(tmp_path / "a"):
+        pass

@@ -49,7 +49,7 @@ def test_a_conversion_stopped_anywhere_goes_on_to_the_same_output(
     stops = Stops(monkeypatch)
     zo_mlx.convert(str(tiny_hf), str(tmp_path / "whole"), scope=scope, **SMALL)
     expected, writes = _contents(tmp_path / "whole"), stops.count
-    assert writes == 4 + 4 + 1 + 1  # inputs and gradients of three blocks and the head, a shard, the index
+    assert writes == 2 * (4 + 4) + 1 + 1  # inputs and gradients of blocks and head, listed; a shard; the index
     stops.after = after
     for at in range(1, writes + 1):
         stops.at, stops.count = at, 0
@@ -73,13 +73,31 @@ def test_finished_blocks_are_not_repeated(tiny_hf: Path, tmp_path: Path, monkeyp
         return block(self, number, tokens, x)
 
     monkeypatch.setattr(BlockwiseModel, "block", spy)
-    for at, left in ((3, [2, 2, 2, 2, 1, 1, 0, 0]), (6, [1, 1, 0, 0]), (10, [])):
+    for at, left in ((6, [2, 2, 2, 2, 1, 1, 0, 0]), (12, [1, 1, 0, 0]), (18, [])):
         stops.at, stops.count, stops.after = at, 0, True
         with pytest.raises(Interrupted):
             zo_mlx.convert(str(tiny_hf), str(tmp_path / f"{at}"), **SMALL)
         ran.clear()
         zo_mlx.convert(str(tiny_hf), str(tmp_path / f"{at}"), resume=True, **SMALL)
         assert ran == left
+
+
+@pytest.mark.parametrize("name", ["gradient-2.safetensors", "files.json"])
+def test_damaged_files_are_not_gone_on_with(
+    name: str, tiny_hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stops = Stops(monkeypatch)
+    zo_mlx.convert(str(tiny_hf), str(tmp_path / "whole"), **SMALL)
+    stops.at, stops.count, stops.after = 12, 0, True
+    with pytest.raises(Interrupted):
+        zo_mlx.convert(str(tiny_hf), str(tmp_path / "out"), **SMALL)
+    file = tmp_path / ".out.partial/scoring" / name
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1
+    file.write_bytes(content)
+    zo_mlx.convert(str(tiny_hf), str(tmp_path / "out"), resume=True, **SMALL)
+    assert "is damaged: beginning again" in capsys.readouterr().err
+    assert _contents(tmp_path / "out") == _contents(tmp_path / "whole")
 
 
 def test_an_interrupted_conversion_is_not_mistaken_for_another(

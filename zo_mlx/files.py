@@ -120,8 +120,12 @@ def locked(directory: Path) -> Iterator[None]:
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"{directory} is in use by another process") from None
+            # Between opening and locking, the process that held it may have removed it: what is locked is no longer it.
+            held = os.path.samestat(os.fstat(fd), directory.stat())
+        except (BlockingIOError, FileNotFoundError):
+            held = False
+        if not held:
+            raise UsageError(f"{directory} is in use by another process")
         yield
     finally:
         os.close(fd)
