@@ -37,6 +37,19 @@ def test_chosen_positions_equal_full_logits(kind: str) -> None:
     chosen = head.logits(states[at[:, 0], at[:, 1]])
     assert mx.abs(chosen - full[at[:, 0], at[:, 1]]).max() < 1e-5
     assert mx.array_equal(model(tokens), full), "splitting changed the model"
+    # gemma2 has no masks for each row; where some layers see only the last tokens (cohere2) there are other caches.
+    assert head.continues == (kind not in ("soft-capped", "scaled"))
+
+
+def test_a_model_that_does_not_heed_its_cache_is_not_continued() -> None:
+    class Deaf(llama.LlamaModel):
+        def __call__(self, inputs: mx.array, *args: object, **kwargs: object) -> mx.array:
+            return super().__call__(inputs)
+
+    model = llama.Model(llama.ModelArgs.from_dict({**SIZES, "model_type": "llama"}))
+    assert split_head(model).continues
+    model.model.__class__ = Deaf
+    assert not split_head(model).continues
 
 
 class _Unusual(nn.Module):

@@ -15,10 +15,11 @@ from zo_mlx.head import Head, split_head
 from zo_mlx.journal import Journal
 from zo_mlx.memory import peak_of
 from zo_mlx.model import load_sparse
+from zo_mlx.objective import layout
 from zo_mlx.step import make_loss, make_optimizer, step, tokens_that_fit
 
 
-@pytest.mark.parametrize("kind", ["choices", "tokens"])
+@pytest.mark.parametrize("kind", ["choices", "tokens", "long choices"])
 @pytest.mark.parametrize("tokens_at_once", [1, 40, 100, 10_000])
 def test_losses_in_parts_are_those_of_one_pass(
     tokens_at_once: int, kind: str, tiny: Path, choice_data: Path, tmp_path: Path
@@ -28,22 +29,32 @@ def test_losses_in_parts_are_those_of_one_pass(
     if kind == "tokens":
         texts: list[dict[str, object]] = [{"text": "a text " + "of some words " * (i % 3)} for i in range(12)]
         file = write_jsonl(tmp_path / "t.jsonl", texts)
+    if kind == "long choices":
+        choices = [" not at all", " very much so", " it may be"]
+        file = write_jsonl(
+            tmp_path / "l.jsonl",
+            [{"prompt": "a text " * (i % 4 + 1), "completion": choices[i % 3], "choices": choices} for i in range(12)],
+        )
     examples = load_dataset(file, tokenizer, 100).examples[:12]
     whole, passes = split_head(sparse.model), []
 
-    def hidden(tokens: mx.array) -> mx.array:
+    def hidden(tokens: mx.array, **cache: object) -> mx.array:
         passes.append(tokens.size)
-        return whole.hidden(tokens)
+        return whole.hidden(tokens, **cache)
 
+    shares = kind == "long choices"
+    head = Head(hidden, whole.logits, len(sparse.model.layers) if shares else None)
     z = mx.random.normal((3, index.size), key=mx.random.key(0))
     branches = two_sided(index.initial_values(), z, 0.1)
-    expected = make_loss(sparse, whole)(branches, examples)
-    got = make_loss(sparse, Head(hidden, whole.logits), tokens_at_once=tokens_at_once)(branches, examples)
+    expected = make_loss(sparse, Head(whole.hidden, whole.logits))(branches, examples)
+    passes.clear()
+    got = make_loss(sparse, head, tokens_at_once=tokens_at_once)(branches, examples)
     assert mx.allclose(got, expected, rtol=1e-5)
     assert len({round(x, 5) for x in expected.tolist()}) == 6, "the losses do not depend on the values"
-    longest = max(e.length for e in examples)
-    assert max(passes) <= max(tokens_at_once, longest)
-    assert len(passes) == {1: 24, 10_000: 1}.get(tokens_at_once, len(passes))
+    calls = 2 if shares else 1
+    longest = max(layout([[e]], shares)[0] for e in examples)
+    assert max(sum(passes[i : i + calls]) for i in range(0, len(passes), calls)) <= max(tokens_at_once, longest)
+    assert len(passes) == {1: 24 * calls, 10_000: calls}.get(tokens_at_once, len(passes))
 
 
 def test_a_step_of_a_real_model_stays_within_the_limit(smollm2: Path) -> None:

@@ -7,7 +7,7 @@ from mlx_lm.tuner.trainer import default_loss
 from zo_mlx import objective
 from zo_mlx.data import Example, Target
 from zo_mlx.head import Head, split_head
-from zo_mlx.objective import branch_losses, collate, scores
+from zo_mlx.objective import branch_losses, collate, layout, scores
 
 
 @pytest.fixture(scope="module")
@@ -80,14 +80,19 @@ def test_branches_average_to_the_loss_over_all_tokens(head: Head) -> None:
     assert mx.allclose(two.mean(), one[0], atol=1e-5)
 
 
-def test_choice_loss_equals_full_logits_in_float64(model: llama.Model, head: Head) -> None:
+@pytest.mark.parametrize("share", [False, True])
+def test_choice_loss_equals_full_logits_in_float64(
+    share: bool, model: llama.Model, head: Head, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Choices of different lengths and numbers, in two branches, against log-softmax of full logits in numpy."""
+    monkeypatch.setattr(objective, "WORTH_SHARING", 9)
     rng = np.random.default_rng(2)
     branches = [
         [_choices(_tokens(rng, 5), [[3], [4, 5], [6, 7, 8]], 1), _choices(_tokens(rng, 8), [[9], [10]], 0)],
         [_choices(_tokens(rng, 3), [[1, 2], [1, 3]], 1), _choices(_tokens(rng, 4), [[5], [6], [7]], 2)],
     ]
-    batch = collate(branches)
+    batch = collate(branches, share)
+    assert (batch.continuations is not None) == share
     got = scores(head, batch)
     assert got.shape == (2, 2, 3)
     losses = np.zeros((2, 2))
@@ -105,3 +110,15 @@ def test_choice_loss_equals_full_logits_in_float64(model: llama.Model, head: Hea
             assert example.label is not None
             losses[p, e] = -log_softmax(np.array(expected))[example.label]
     assert np.allclose(np.array(branch_losses(got, batch, count=2)), losses.mean(axis=1), atol=1e-4)
+
+
+def test_prompts_are_shared_where_that_is_less_work(head: Head) -> None:
+    rng = np.random.default_rng(3)
+    long, short = _tokens(rng, 20), _tokens(rng, 1)
+    choices = [[5, 6, 7, 8], [7, 8, 9, 5], [9, 9]]
+    for prompt, tokens in ((long, 20 + 3 * 3), (short, 3 * 4)):
+        example = _choices(prompt, choices, 0)
+        assert layout([[example], [example]], share=True) == (tokens, prompt is long)
+    assert layout([[_choices(long, choices, 0)]], share=False) == (3 * 23, False)
+    # A single row has nothing to share.
+    assert layout([[_completion(long, 5)]], share=True) == (19, False)

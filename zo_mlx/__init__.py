@@ -1,8 +1,9 @@
 """Fine-tune 4-bit language models with forward passes only: sparse zeroth-order training in MLX."""
 
-from ._blas import open_fast_blas
+from ._linux import keep_freed_memory, open_fast_blas
 
 open_fast_blas()  # before anything imports mlx
+keep_freed_memory()
 
 __version__ = "0.1.0"
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -53,6 +54,11 @@ class Example:
     def length(self) -> int:
         """Tokens in the longest row."""
         return max(len(row) for row in self.rows)
+
+    @cached_property
+    def prompt_length(self) -> int:
+        """How many tokens all rows begin with; those of a single row are all of them."""
+        return _common_prefix(self.rows)
 
 
 @dataclass

@@ -102,7 +102,7 @@ def evaluate_dataset(
     predicted, right = [], []
     with Progress("Evaluating", len(batches), "batch", enabled=progress) as bar:
         for part in batches:
-            batch = collate([part])
+            batch = collate([part], head.continues)
             scored = scores(head, batch)[0]
             if batch.labels is None:
                 total -= float(scored.sum())

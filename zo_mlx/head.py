@@ -3,13 +3,16 @@
 For a completion of 3 tokens after a prompt of 200, the output head is needed at 3 positions, not 203. mlx-lm models
 call an inner model and then apply their head to its result (tied or not, scaled, soft-capped). To apply just the
 head, call the outer model while the inner one returns the states we hand it. `split_head` proves numerically that this
-equals the full model, and falls back to full logits where it does not.
+equals the full model, and falls back to full logits where it does not. Rows that go on from the same prompt can share
+its keys and values, in mlx-lm's own caches, where that is found to be exact.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
 
 # The outer model is called on one token that is not among those of the check: a head that looks at tokens must fail it.
 _ANY_TOKEN = [[0]]
@@ -20,21 +23,54 @@ class Head:
     """`hidden(tokens)` then `logits(states)` equals `model(tokens)`.
 
     Attributes:
-        hidden: tokens (N, T) int32 -> states (N, T, H).
+        hidden: tokens (N, T) int32, and maybe a `cache` -> states (N, T, H).
         logits: states (..., H) -> logits (..., V).
+        continues: whether `continued` can be used.
     """
 
-    def __init__(self, hidden: Callable[[mx.array], mx.array], logits: Callable[[mx.array], mx.array]):
+    def __init__(
+        self,
+        hidden: Callable[..., mx.array],
+        logits: Callable[[mx.array], mx.array],
+        blocks: int | None = None,
+    ):
         self.hidden = hidden
         self.logits = logits
+        self._blocks = blocks
+        self.continues = blocks is not None and _continues(self)
+
+    def continued(
+        self, prompts: mx.array, lengths: list[int], rows: mx.array, parents: list[int]
+    ) -> tuple[mx.array, mx.array]:
+        """The states of prompts, and of rows that go on from them.
+
+        Args:
+            prompts: (N, T) int32, padded on the right.
+            lengths: how many tokens each of them has.
+            rows: (R, L) int32, padded on the right.
+            parents: the number of each row's prompt.
+
+        Returns:
+            (N, T, H) and (R, L, H).
+        """
+        caches: list[Any] = [BatchKVCache([0] * len(prompts)) for _ in range(self._blocks or 0)]
+        width = prompts.shape[1]
+        for cache in caches:
+            cache.step = 1  # room for no more than what comes
+            cache.prepare(right_padding=[width - n for n in lengths])
+        first = self.hidden(prompts, cache=caches)
+        for cache in caches:
+            cache.finalize()
+            cache.filter(mx.array(parents))
+        return first, self.hidden(rows, cache=caches)
 
 
 def split_head(model: nn.Module) -> Head:
     """Split an mlx-lm model before its output head; the head is the identity where that is not possible."""
     inner = model.get("model")
-    whole = Head(model, lambda states: states)
+    blocks = _plain_caches(model)
     if not isinstance(inner, nn.Module):
-        return whole
+        return Head(model, lambda states: states, blocks)
     original = type(inner)
 
     def replay(self: nn.Module, *args: object, **kwargs: object) -> mx.array:
@@ -53,8 +89,8 @@ def split_head(model: nn.Module) -> Head:
             del inner._states
         return out.reshape(*states.shape[:-1], -1)
 
-    head = Head(inner, logits)
-    return head if _equal(model, head) else whole
+    head = Head(inner, logits, blocks)
+    return head if _equal(model, head) else Head(model, lambda states: states, blocks)
 
 
 def _equal(model: nn.Module, head: Head) -> bool:
@@ -65,5 +101,31 @@ def _equal(model: nn.Module, head: Head) -> bool:
         return False
     if got.shape != expected.shape:
         return False
+    return _close(got, expected)
+
+
+def _plain_caches(model: nn.Module) -> int | None:
+    """How many caches of keys and values a model takes, if it takes no others."""
+    try:
+        caches = make_prompt_cache(model)
+    except Exception:  # architectures make what they like
+        return None
+    return len(caches) if all(type(c) is KVCache for c in caches) else None
+
+
+def _continues(head: Head) -> bool:
+    """Whether three rows that go on from two prompts of different lengths have the states of the whole rows."""
+    whole = head.hidden(mx.array([[2, 1, 3, 0], [1, 3, 2, 1], [2, 3, 2, 0]]))
+    expected = mx.stack([whole[0, 1:3], whole[1, 2:4], whole[2, 1:3]])
+    try:
+        _, got = head.continued(
+            mx.array([[1, 3], [2, 0]]), [2, 1], rows=mx.array([[1, 3], [2, 1], [3, 2]]), parents=[1, 0, 1]
+        )
+    except Exception:  # an architecture that knows no positions of their own for rows
+        return False
+    return got.shape == expected.shape and _close(got, expected)
+
+
+def _close(got: mx.array, expected: mx.array) -> bool:
     tolerance = 16 * mx.finfo(expected.dtype).eps * mx.abs(expected).max()
     return bool((mx.abs(got - expected).max() <= tolerance).item())

@@ -1,7 +1,7 @@
 """What a step minimises: cross-entropy of completions or texts, or of the right choice among choices.
 
-Shapes: P branches, N rows of T tokens, M positions that targets look at, E examples a branch, C choices, L target
-tokens.
+Shapes: P branches, N rows of T tokens, R rows of L more tokens that go on from those, M positions that targets look at,
+E examples a branch, C choices, L target tokens.
 """
 
 from collections.abc import Sequence
@@ -17,13 +17,33 @@ from .head import Head
 LOGIT_BYTES = 64 << 20
 
 
+# Rows share their prompt if that leaves at most this share of the tokens: keys and values are copied, passes smaller.
+WORTH_SHARING = 0.8
+
+
+@dataclass
+class Continuations:
+    """Rows that go on from a prompt.
+
+    Attributes:
+        tokens: (R, L) int32, padded on the right.
+        parents: (R,) the number of each one's prompt.
+        lengths: (N,) how many tokens each prompt has.
+    """
+
+    tokens: mx.array
+    parents: list[int]
+    lengths: list[int]
+
+
 @dataclass
 class Batch:
     """The examples of P branches as arrays; a branch's rows are consecutive, and as many as any other's.
 
     Attributes:
         tokens: (N, T) int32, padded on the right (causal attention keeps padding out of every target).
-        positions: (M,) int32, flat positions in (N, T) that some target looks at, increasing.
+        continuations: what goes on from these rows, or None.
+        positions: (M,) int32, flat positions in (N, T), then (R, L), that some target looks at, increasing.
         target_position: (n,) which of the M positions each target looks at, non-decreasing.
         target_token: (n,) the target tokens.
         slots: (P, E, C, L) int32, which of the n targets; n itself for padding. C is 1 except for `choices`.
@@ -31,6 +51,7 @@ class Batch:
     """
 
     tokens: mx.array
+    continuations: Continuations | None
     positions: np.ndarray
     target_position: np.ndarray
     target_token: np.ndarray
@@ -38,20 +59,45 @@ class Batch:
     labels: mx.array | None
 
 
-def collate(branches: Sequence[Sequence[Example]]) -> Batch:
-    """Pack the examples of each branch, equally many and of one kind, into a batch."""
-    rows_per_branch = max(sum(len(e.rows) for e in examples) for examples in branches)
+def layout(branches: Sequence[Sequence[Example]], share: bool) -> tuple[int, bool]:
+    """How many tokens, padding included, a branch takes; and whether rows share their prompts, as they may."""
+    rows = max(sum(len(e.rows) for e in examples) for examples in branches)
     width = max(e.length for examples in branches for e in examples)
-    tokens = np.zeros((len(branches) * rows_per_branch, width), np.int32)
+    prompts = max(len(examples) for examples in branches) * max(e.prompt_length for b in branches for e in b)
+    shared = prompts + rows * max(e.length - e.prompt_length for b in branches for e in b)
+    return (shared, True) if share and shared <= WORTH_SHARING * rows * width else (rows * width, False)
+
+
+def collate(branches: Sequence[Sequence[Example]], share: bool = False) -> Batch:
+    """Pack the examples of each branch, equally many and of one kind, into a batch.
+
+    Args:
+        share: rows of an example may go on from its prompt, where that is less work.
+    """
+    shared = layout(branches, share)[1]
+    firsts = [[r for e in b for r in ([e.rows[0][: e.prompt_length]] if shared else e.rows)] for b in branches]
+    rests = [[r[e.prompt_length :] for e in b for r in e.rows] if shared else [] for b in branches]
+    tokens, rest_tokens = _padded(firsts), _padded(rests)
+    width, rest_width = tokens.shape[1], rest_tokens.shape[1]
+    lengths, parents = np.ones(len(tokens), int), np.zeros(len(rest_tokens), int)
     targets: dict[tuple[int, ...], list[tuple[int, int]]] = {}  # (branch, example, choice) -> [(position, token)]
     for b, examples in enumerate(branches):
-        row = b * rows_per_branch
+        row, rest = b * (len(tokens) // len(branches)), b * (len(rest_tokens) // len(branches))
         for i, example in enumerate(examples):
+            split, rows = example.prompt_length if shared else width, len(example.rows)
             for c, choice in enumerate(example.targets):
-                targets[b, i, c] = [((row + t.row) * width + t.position, t.token) for t in choice]
-            for content in example.rows:
-                tokens[row, : len(content)] = content
-                row += 1
+                targets[b, i, c] = [
+                    (
+                        (row if shared else row + t.row) * width + t.position
+                        if t.position < split
+                        else tokens.size + (rest + t.row) * rest_width + t.position - split,
+                        t.token,
+                    )
+                    for t in choice
+                ]
+            if shared:
+                lengths[row], parents[rest : rest + rows] = split, row
+            row, rest = row + (1 if shared else rows), rest + rows
 
     flat = sorted({target for group in targets.values() for target in group})
     number = {target: i for i, target in enumerate(flat)}
@@ -68,6 +114,7 @@ def collate(branches: Sequence[Sequence[Example]]) -> Batch:
     labels = [[e.label for e in examples] for examples in branches]
     return Batch(
         mx.array(tokens),
+        Continuations(mx.array(rest_tokens), parents.tolist(), lengths.tolist()) if shared else None,
         positions.astype(np.int32),
         target_position,
         np.array([token for _, token in flat]),
@@ -76,14 +123,28 @@ def collate(branches: Sequence[Sequence[Example]]) -> Batch:
     )
 
 
+def _padded(rows: Sequence[Sequence[list[int]]]) -> np.ndarray:
+    """The rows of each branch, padded with zeros to the longest, and to as many as the branch with the most has."""
+    count, width = max(map(len, rows)), max((len(r) for branch in rows for r in branch), default=0)
+    tokens = np.zeros((len(rows), count, width), np.int32)
+    for b, branch in enumerate(rows):
+        for i, content in enumerate(branch):
+            tokens[b, i, : len(content)] = content
+    return tokens.reshape(len(rows) * count, width)
+
+
 def scores(head: Head, batch: Batch) -> mx.array:
     """Sum of the log-probabilities of each choice's tokens.
 
     Returns:
         (P, E, C) float32; -inf where an example has fewer than C choices.
     """
-    states = head.hidden(batch.tokens)
-    states = states.reshape(-1, states.shape[-1])[mx.array(batch.positions)]
+    if (rest := batch.continuations) is None:
+        states = head.hidden(batch.tokens)
+        states = states.reshape(-1, states.shape[-1])[mx.array(batch.positions)]
+    else:
+        both = head.continued(batch.tokens, rest.lengths, rest.tokens, rest.parents)
+        states = mx.concatenate([x.reshape(-1, x.shape[-1]) for x in both])[mx.array(batch.positions)]
     mx.eval(states)  # frees the activations of the pass before any logits are made
     vocabulary = head.logits(states[:1]).shape[-1]
     step = max(1, LOGIT_BYTES // (4 * vocabulary))

@@ -20,6 +20,7 @@ from .files import reporting_disk_errors, sha256
 from .head import split_head
 from .index import FILE_NAME as INDEX
 from .model import context_length, load_sparse
+from .objective import layout
 from .prefix import Prefix
 from .progress import Progress
 from .step import make_loss, make_optimizer, replay, step, tokens_that_fit
@@ -91,8 +92,9 @@ class Run:
         self.values = self.all_values[self.trained]
         if config.memory_limit is not None and config.tokens_at_once is None:
             longest = max(self.train_set.examples, key=lambda e: e.length)
-            fit, least = tokens_that_fit(int(config.memory_limit * 1e9), self.sparse, self.head, self.values, longest)
-            if fit < longest.length:
+            limit = int(config.memory_limit * 1e9)
+            fit, least = tokens_that_fit(limit, self.sparse, self.head, self.values, longest)
+            if least > limit:
                 self.warn(f"--memory-limit: the longest example alone takes {least / 1e9:.3f} GB")
             config.tokens_at_once = max(1, fit)
         self.optimizer.init({"values": self.values})
@@ -160,7 +162,8 @@ class Run:
         self.sparse.set_values(self.values[None])
         size, tokens = self.config.batch_size, self.config.tokens_at_once
         if tokens is not None:
-            size = max(1, min(size, tokens // max(e.length for e in dataset.examples)))
+            longest = max(layout([[e]], self.head.continues)[0] for e in dataset.examples)
+            size = max(1, min(size, tokens // longest))
             batches = batches if batches == -1 else -(-batches * self.config.batch_size // size)
         return evaluate_dataset(self.head, dataset, size, batches, self.progress)
 

@@ -16,7 +16,7 @@ from .data import Example
 from .head import Head
 from .journal import Record
 from .memory import peak_of
-from .objective import branch_losses, collate, scores
+from .objective import branch_losses, collate, layout, scores
 from .prefix import Prefix
 from .sparse import SparseModel
 
@@ -37,6 +37,8 @@ def make_loss(sparse: SparseModel, head: Head, prefix: Prefix | None = None, tok
         directions, so that each gets its share of every label; the two branches of a direction see the same ones.
     """
 
+    continues = head.continues and prefix is None
+
     def loss(branches: estimator.Branches, examples: Sequence[Example]) -> mx.array:
         q = len(branches) // 2
         shares = [examples[d::q] for d in range(q) for _ in range(2)]
@@ -45,8 +47,7 @@ def make_loss(sparse: SparseModel, head: Head, prefix: Prefix | None = None, tok
         count = size if examples[0].label is not None else by_tokens
         at_once, examples_at_once = (len(branches) if sparse.stackable else 1), size
         if tokens_at_once is not None:
-            rows = max(sum(len(e.rows) for e in share) for share in shares)
-            fit = tokens_at_once / (rows * max(e.length for e in examples))
+            fit = tokens_at_once / layout(shares, continues)[0]
             at_once = max(1, min(at_once, int(fit)))
             examples_at_once = max(1, min(size, int(fit * size)))
         losses = []
@@ -55,7 +56,7 @@ def make_loss(sparse: SparseModel, head: Head, prefix: Prefix | None = None, tok
             total = mx.zeros(1)
             for first in range(0, size, examples_at_once):
                 group = [share[first : first + examples_at_once] for share in shares[start : start + at_once]]
-                batch = collate(group)
+                batch = collate(group, continues)
                 with prefix.skipped(batch.tokens, group) if prefix else contextlib.nullcontext():
                     total = total + branch_losses(scores(head, batch), batch, count)
                     mx.eval(total)
@@ -76,7 +77,7 @@ def tokens_that_fit(limit: int, sparse: SparseModel, head: Head, values: mx.arra
         longest: the example with the longest row.
 
     Returns:
-        Tokens, which may be fewer than a row's; and the bytes that a pass takes with a row at a time.
+        Tokens, which may be fewer than an example's; and the bytes that a pass takes with an example at a time.
     """
     loss = make_loss(sparse, head)
 
@@ -84,10 +85,11 @@ def tokens_that_fit(limit: int, sparse: SparseModel, head: Head, values: mx.arra
         z = mx.ones((size if sparse.stackable else 1, values.size), mx.int8)
         return peak_of(lambda: mx.eval(loss(estimator.two_sided(values, z, 1e-3), [longest] * size)))
 
-    tokens = (2 if sparse.stackable else 1) * len(longest.rows) * longest.length
+    example = layout([[longest]], head.continues)[0]
+    tokens = (2 if sparse.stackable else 1) * example
     one, two = peak(1), peak(2)
     each = max(1.0, 1.1 * (two - one) / tokens)  # other shapes take a little more
-    return int(tokens + (limit - one) / each), int(one - each * (tokens - longest.length))
+    return int(tokens + (limit - one) / each), int(one - each * (tokens - example))
 
 
 def make_optimizer(config: TrainConfig) -> optim.Optimizer:
