@@ -59,6 +59,7 @@ class Head:
             cache.step = 1  # room for no more than what comes
             cache.prepare(right_padding=[width - n for n in lengths])
         first = self.hidden(prompts, cache=caches)
+        mx.eval(first, [(cache.keys, cache.values) for cache in caches])
         for cache in caches:
             cache.finalize()
             cache.filter(mx.array(parents))
@@ -95,6 +96,7 @@ def split_head(model: nn.Module) -> Head:
 
 def _equal(model: nn.Module, head: Head) -> bool:
     expected = model(mx.array(_CHECK_TOKENS))[:, 1:]
+    mx.eval(expected)  # a pass at a time: of a large model, the graph alone takes 100 MB
     try:
         got = head.logits(head.hidden(mx.array(_CHECK_TOKENS))[:, 1:])
     except Exception:  # whatever an architecture does with states that are not its own: it is not separable
@@ -117,6 +119,7 @@ def _continues(head: Head) -> bool:
     """Whether three rows that go on from two prompts of different lengths have the states of the whole rows."""
     whole = head.hidden(mx.array([[2, 1, 3, 0], [1, 3, 2, 1], [2, 3, 2, 0]]))
     expected = mx.stack([whole[0, 1:3], whole[1, 2:4], whole[2, 1:3]])
+    mx.eval(expected)
     try:
         _, got = head.continued(
             mx.array([[1, 3], [2, 0]]), [2, 1], rows=mx.array([[1, 3], [2, 1], [3, 2]]), parents=[1, 0, 1]

@@ -17,8 +17,10 @@ LINEAR_LAYERS = (nn.Linear, nn.QuantizedLinear, *SWITCH_LAYERS)
 # time of dequantizing and multiplying for 1 row, and 1.3 times and more from 4 rows.
 CPU_QUANTIZED_ROWS = 2
 # Larger weights are dequantized and multiplied a part at a time, which takes 0.8 to 1.0 times the time and a third of
-# the memory: MLX's CPU backend holds what some ten operations need, and dequantizing is half a dozen.
+# the memory: MLX's CPU backend holds what some ten operations need, and dequantizing is half a dozen. In no more parts
+# than these, because operations take memory, too: 4 kB each.
 CPU_SLICE_BYTES = 2 << 20
+CPU_SLICES = 16
 
 
 def on_cpu() -> bool:
@@ -76,7 +78,7 @@ def _cpu_product(layer: nn.Module, x: mx.array) -> mx.array:
     out, width = weight_shape(layer)
     if x.size // width <= CPU_QUANTIZED_ROWS:
         return mx.quantized_matmul(x, layer.weight, *_scales(layer), transpose=True, **_settings(layer))
-    step = max(1, CPU_SLICE_BYTES // (4 * width))
+    step = max(1, CPU_SLICE_BYTES // (4 * width), -(-out // CPU_SLICES))
     if out <= 2 * step:
         return x @ dequantized(layer, after=x).T
     # Each slice after the product of the one before.
