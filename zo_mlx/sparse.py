@@ -24,7 +24,7 @@ from .product import LINEAR_LAYERS, SWITCH_LAYERS, dequantized, weight_shape
 from .switch import SparseSwitchLinear
 
 # The branches' D are made in parts of this size.
-DIFFERENCE_BYTES = 2 << 20
+DIFFERENCE_BYTES = 8 << 20
 
 
 class SparseLinear(nn.Module):
