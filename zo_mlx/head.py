@@ -117,14 +117,13 @@ def _plain_caches(model: nn.Module) -> int | None:
 
 def _continues(head: Head) -> bool:
     """Whether three rows that go on from two prompts of different lengths have the states of the whole rows."""
-    whole = head.hidden(mx.array([[2, 1, 3, 0], [1, 3, 2, 1], [2, 3, 2, 0]]))
-    expected = mx.stack([whole[0, 1:3], whole[1, 2:4], whole[2, 1:3]])
-    mx.eval(expected)
+    prompts, lengths, parents = mx.array([[1, 3], [2, 0]]), [2, 1], [1, 0, 1]
     try:
-        _, got = head.continued(
-            mx.array([[1, 3], [2, 0]]), [2, 1], rows=mx.array([[1, 3], [2, 1], [3, 2]]), parents=[1, 0, 1]
-        )
-    except Exception:  # an architecture that knows no positions of their own for rows
+        whole = head.hidden(mx.array([[2, 1, 3, 0], [1, 3, 2, 1], [2, 3, 2, 0]]))
+        expected = mx.stack([whole[0, 1:3], whole[1, 2:4], whole[2, 1:3]])
+        mx.eval(expected)
+        _, got = head.continued(prompts, lengths, mx.array([[1, 3], [2, 1], [3, 2]]), parents)
+    except Exception:  # an architecture with arguments of its own, or that knows no positions for each row
         return False
     return got.shape == expected.shape and _close(got, expected)
 
