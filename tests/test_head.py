@@ -28,7 +28,7 @@ ARCHITECTURES = {
 def test_chosen_positions_equal_full_logits(kind: str) -> None:
     module, changes = ARCHITECTURES[kind]
     model = module.Model(module.ModelArgs.from_dict({**SIZES, **changes}))
-    head = split_head(model)
+    head = split_head(model, continuing=True)
     tokens = mx.random.randint(0, 50, (3, 9))
     full = model(tokens)
     states = head.hidden(tokens)
@@ -47,9 +47,9 @@ def test_a_model_that_does_not_heed_its_cache_is_not_continued() -> None:
             return super().__call__(inputs)
 
     model = llama.Model(llama.ModelArgs.from_dict({**SIZES, "model_type": "llama"}))
-    assert split_head(model).continues
+    assert split_head(model, continuing=True).continues
     model.model.__class__ = Deaf
-    assert not split_head(model).continues
+    assert not split_head(model, continuing=True).continues
 
 
 class _Unusual(nn.Module):

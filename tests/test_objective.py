@@ -27,7 +27,7 @@ def model() -> llama.Model:
 
 @pytest.fixture(scope="module")
 def head(model: llama.Model) -> Head:
-    return split_head(model)
+    return split_head(model, continuing=True)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -112,7 +112,7 @@ def test_choice_loss_equals_full_logits_in_float64(
     assert np.allclose(np.array(branch_losses(got, batch, count=2)), losses.mean(axis=1), atol=1e-4)
 
 
-def test_prompts_are_shared_where_that_is_less_work(head: Head) -> None:
+def test_prompts_are_shared_where_that_is_less_work() -> None:
     rng = np.random.default_rng(3)
     long, short = _tokens(rng, 20), _tokens(rng, 1)
     choices = [[5, 6, 7, 8], [7, 8, 9, 5], [9, 9]]

@@ -73,6 +73,11 @@ class Dataset:
         """How many texts were cut to the longest length."""
         return sum(e.truncated for e in self.examples)
 
+    @property
+    def has_continuations(self) -> bool:
+        """Whether any examples have several rows, which go on from the same prompt."""
+        return any(len(e.rows) > 1 for e in self.examples)
+
     def __len__(self) -> int:
         return len(self.examples)
 

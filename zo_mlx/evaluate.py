@@ -87,7 +87,7 @@ def evaluate(
     path = Path(data)
     path = path / "test.jsonl" if path.is_dir() else path
     dataset = load_dataset(path, tokenizer, max_seq_length, mask_prompt)
-    return evaluate_dataset(split_head(model), dataset, batch_size, num_batches, progress)
+    return evaluate_dataset(split_head(model, dataset.has_continuations), dataset, batch_size, num_batches, progress)
 
 
 def evaluate_dataset(

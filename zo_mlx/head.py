@@ -25,7 +25,7 @@ class Head:
     Attributes:
         hidden: tokens (N, T) int32, and maybe a `cache` -> states (N, T, H).
         logits: states (..., H) -> logits (..., V).
-        continues: whether `continued` can be used.
+        continues: whether `continued` can be used, if that was asked.
     """
 
     def __init__(
@@ -66,12 +66,21 @@ class Head:
         return first, self.hidden(rows, cache=caches)
 
 
-def split_head(model: nn.Module) -> Head:
-    """Split an mlx-lm model before its output head; the head is the identity where that is not possible."""
+def split_head(model: nn.Module, continuing: bool = False) -> Head:
+    """Split an mlx-lm model before its output head; the head is the identity where that is not possible.
+
+    Args:
+        continuing: find out whether rows can go on from a prompt, which takes three short passes.
+    """
+    return Head(*_halves(model), _plain_caches(model) if continuing else None)
+
+
+def _halves(model: nn.Module) -> tuple[Callable[..., mx.array], Callable[[mx.array], mx.array]]:
+    """`hidden` and `logits` of a model's head."""
     inner = model.get("model")
-    blocks = _plain_caches(model)
+    whole = model, lambda states: states
     if not isinstance(inner, nn.Module):
-        return Head(model, lambda states: states, blocks)
+        return whole
     original = type(inner)
 
     def replay(self: nn.Module, *args: object, **kwargs: object) -> mx.array:
@@ -90,8 +99,7 @@ def split_head(model: nn.Module) -> Head:
             del inner._states
         return out.reshape(*states.shape[:-1], -1)
 
-    head = Head(inner, logits, blocks)
-    return head if _equal(model, head) else Head(model, lambda states: states, blocks)
+    return (inner, logits) if _equal(model, Head(inner, logits)) else whole
 
 
 def _equal(model: nn.Module, head: Head) -> bool:

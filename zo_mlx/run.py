@@ -76,7 +76,8 @@ class Run:
                 f"fewer than --batch-size {config.batch_size}"
             )
         self.config = config = resolved(config)
-        self.head = split_head(self.sparse.model)
+        datasets = [d for d in (self.train_set, self.valid_set, self.test_set) if d is not None]
+        self.head = split_head(self.sparse.model, any(d.has_continuations for d in datasets))
         self.sparse.check_branches()
         self.model_prints = {"base_model": index.metadata["base_model"], "index": sha256(model / INDEX)}
         self.prints = {
