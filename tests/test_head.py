@@ -1,9 +1,12 @@
+from pathlib import Path
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx_lm.models import cohere2, gemma2, llama, qwen2
 
 from zo_mlx.head import split_head
+from zo_mlx.model import load_sparse
 
 SIZES = {
     "hidden_size": 32,
@@ -50,6 +53,10 @@ def test_a_model_that_does_not_heed_its_cache_is_not_continued() -> None:
     assert split_head(model, continuing=True).continues
     model.model.__class__ = Deaf
     assert not split_head(model, continuing=True).continues
+
+
+def test_a_real_model_goes_on_from_prompts(smollm2: Path) -> None:
+    assert split_head(load_sparse(smollm2)[0].model, continuing=True).continues
 
 
 class _Unusual(nn.Module):

@@ -8,6 +8,7 @@ import pytest
 from conftest import write_jsonl
 from test_train import _train, _values
 
+from zo_mlx import objective
 from zo_mlx.config import TrainConfig, resolved
 from zo_mlx.data import Example, Target, load_dataset
 from zo_mlx.estimator import Branches, two_sided
@@ -22,8 +23,14 @@ from zo_mlx.step import make_loss, make_optimizer, step, tokens_that_fit
 @pytest.mark.parametrize("kind", ["choices", "tokens", "long choices"])
 @pytest.mark.parametrize("tokens_at_once", [1, 40, 100, 10_000])
 def test_losses_in_parts_are_those_of_one_pass(
-    tokens_at_once: int, kind: str, tiny: Path, choice_data: Path, tmp_path: Path
+    tokens_at_once: int,
+    kind: str,
+    tiny: Path,
+    choice_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(objective, "WORTH_SHARING", 0.8)  # short prompts are shared, too
     sparse, tokenizer, index, _ = load_sparse(tiny)
     file = choice_data / "train.jsonl"
     if kind == "tokens":

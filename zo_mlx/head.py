@@ -133,9 +133,11 @@ def _continues(head: Head) -> bool:
         _, got = head.continued(prompts, lengths, mx.array([[1, 3], [2, 1], [3, 2]]), parents)
     except Exception:  # an architecture with arguments of its own, or that knows no positions for each row
         return False
-    return got.shape == expected.shape and _close(got, expected)
+    # SmolLM2's 30 blocks round to 2e-6 of the largest state, and to half of that if a row is only padded.
+    return got.shape == expected.shape and _close(got, expected, least=1e-4)
 
 
-def _close(got: mx.array, expected: mx.array) -> bool:
-    tolerance = 16 * mx.finfo(expected.dtype).eps * mx.abs(expected).max()
+def _close(got: mx.array, expected: mx.array, least: float = 0.0) -> bool:
+    """Whether two arrays are equal to 16 units of rounding of the largest number, or to this share of it."""
+    tolerance = max(16 * mx.finfo(expected.dtype).eps, least) * mx.abs(expected).max()
     return bool((mx.abs(got - expected).max() <= tolerance).item())

@@ -18,7 +18,8 @@ LOGIT_BYTES = 64 << 20
 
 
 # Rows share their prompt if that leaves at most this share of the tokens: keys and values are copied, passes smaller.
-WORTH_SHARING = 0.8
+# Measured on the CPU, 12 branches: 0.30, 0.50 and 0.64 of the tokens take 0.40, 0.74 and 0.91 of the time.
+WORTH_SHARING = 0.65
 
 
 @dataclass
