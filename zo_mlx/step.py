@@ -15,7 +15,7 @@ from .config import TrainConfig
 from .data import Example
 from .head import Head
 from .journal import Record
-from .memory import peak_of
+from .memory import peak_of, with_margin
 from .objective import branch_losses, collate, layout, scores
 from .prefix import Prefix
 from .sparse import SparseModel
@@ -79,17 +79,16 @@ def tokens_that_fit(limit: int, sparse: SparseModel, head: Head, values: mx.arra
     Returns:
         Tokens, which may be fewer than an example's; and the bytes that a pass takes with an example at a time.
     """
-    loss = make_loss(sparse, head)
 
-    def peak(size: int) -> int:
+    def peak(size: int, tokens_at_once: int | None = None) -> int:
+        loss = make_loss(sparse, head, tokens_at_once=tokens_at_once)
         z = mx.ones((size if sparse.stackable else 1, values.size), mx.int8)
         return peak_of(lambda: mx.eval(loss(estimator.two_sided(values, z, 1e-3), [longest] * size)))
 
-    example = layout([[longest]], head.continues)[0]
-    tokens = (2 if sparse.stackable else 1) * example
+    tokens = (2 if sparse.stackable else 1) * layout([[longest]], head.continues)[0]
     one, two = peak(1), peak(2)
-    each = max(1.0, 1.1 * (two - one) / tokens)  # other shapes take a little more
-    return int(tokens + (limit - one) / each), int(one - each * (tokens - example))
+    each = max(1.0, (two - one) / tokens)
+    return int(tokens + (with_margin(limit) - one) / each), peak(1, tokens_at_once=1)
 
 
 def make_optimizer(config: TrainConfig) -> optim.Optimizer:

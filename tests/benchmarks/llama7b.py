@@ -22,7 +22,7 @@ from shapes import make_quantized_model
 
 from zo_mlx.config import TrainConfig, resolved
 from zo_mlx.head import split_head
-from zo_mlx.memory import bounded_cache
+from zo_mlx.memory import bounded_cache, held_below
 from zo_mlx.model import load_sparse
 from zo_mlx.step import make_loss, make_optimizer, step, tokens_that_fit
 from zo_mlx.train import CACHE_BYTES
@@ -35,14 +35,16 @@ def train_one_step(path: Path, rows: int, length: int, memory_limit: float | Non
     mx.eval(sparse.model.parameters(), values)
     weights = mx.get_active_memory()
     examples = examples_of(rows, length, config["vocab_size"])
-    fit = None
+    fit = limit = None
     if memory_limit is not None:
-        fit = max(1, tokens_that_fit(int(memory_limit * 1e9), sparse, head, values, examples[0])[0])
+        limit = int(memory_limit * 1e9)
+        fit = max(1, tokens_that_fit(limit, sparse, head, values, examples[0])[0])
     settings = resolved(TrainConfig(batch_size=rows))
     loss, optimizer = make_loss(sparse, head, tokens_at_once=fit), make_optimizer(settings)
     optimizer.init({"values": values})
     started = time.perf_counter()
-    step(loss, optimizer, values, optimizer.state, examples, 1, settings)
+    with held_below(limit):
+        step(loss, optimizer, values, optimizer.state, examples, 1, settings)
     seconds = time.perf_counter() - started
     peak = next(int(x.split()[1]) * 1024 for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x)
     bytes_of = {"process": peak, "mlx": mx.get_peak_memory(), "weights": weights}

@@ -51,14 +51,16 @@ def measure(path: Path) -> list[dict[str, Any]]:
             examples = examples_of(rows, length, config["vocab_size"])
             sparse.set_values(values[None])
             evaluating = peak_of(lambda e=examples: mx.eval(scores(head, collate([e]))))  # type: ignore[misc]
-            fit, _ = tokens_that_fit(int(1.1 * evaluating), sparse, head, values, examples[0])
+            limit = int(1.1 * evaluating)
+            fit, _ = tokens_that_fit(limit, sparse, head, values, examples[0])
             settings = resolved(TrainConfig(batch_size=rows))
             loss, optimizer = make_loss(sparse, head, tokens_at_once=max(1, fit)), make_optimizer(settings)
             optimizer.init({"values": values})
             training = peak_of(
                 lambda e=examples, o=optimizer, f=loss, s=settings: mx.eval(  # type: ignore[misc]
                     step(f, o, values, o.state, e, 1, s)[0]
-                )
+                ),
+                limit,
             )
             points.append({"rows": rows, "length": length, "evaluating": evaluating, "training": training})
             print(points[-1], flush=True)
