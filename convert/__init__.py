@@ -30,9 +30,6 @@ from .write import REPORT, copy_model, model_bytes, upload, write_model
 
 __all__ = ["Conversion", "convert"]
 
-# Freed buffers that MLX keeps for reuse count like used ones, or the peak is that of what has been.
-CACHE_BYTES = 64 << 20
-
 
 @dataclass
 class Conversion:
@@ -132,7 +129,7 @@ def convert(
     measured = _read_text(Path(perplexity_data)) if perplexity_data else None
 
     out = Path(mlx_path)
-    with workspace(out, resume) as work, bounded_cache(CACHE_BYTES):
+    with workspace(out, resume) as work, bounded_cache():
         source = open_source(hf_path, dtype, work.directory, revision)
         if source.quantized and (isolate or not quantization.is_default):
             raise UsageError(

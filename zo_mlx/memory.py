@@ -6,11 +6,19 @@ from collections.abc import Callable, Iterator
 
 import mlx.core as mx
 
+from .product import on_cpu
+
+# MLX keeps freed buffers for reuse; batches of many lengths would otherwise make it keep several generations of them.
+GPU_CACHE_BYTES = 256 << 20
+
 
 @contextlib.contextmanager
-def bounded_cache(limit: int) -> Iterator[None]:
-    """Let MLX keep at most `limit` bytes of freed buffers; the limit before is put back at the end."""
-    before = mx.set_cache_limit(limit)
+def bounded_cache() -> Iterator[None]:
+    """Let MLX keep few freed buffers, on the CPU none: the system's allocator keeps them (see `_linux.py`), and better.
+
+    The limit before is put back at the end.
+    """
+    before = mx.set_cache_limit(0 if on_cpu() else GPU_CACHE_BYTES)
     try:
         yield
     finally:

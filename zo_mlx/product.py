@@ -4,6 +4,7 @@ On a GPU `mx.quantized_matmul` is the fast kernel. On the CPU backend it is 20 t
 and multiplying in float32, except for a row or two, and 16-bit products are slow too: there, activations are float32.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -59,41 +60,61 @@ def dequantized(layer: nn.Module, rows: Any = slice(None), after: mx.array | Non
     return mx.dequantize(packed, scales, biases, **settings)
 
 
-def _scales(layer: nn.Module, rows: Any = slice(None)) -> tuple[mx.array, mx.array | None]:
-    """Scales and biases, in float32 but for modes whose scales are exponents and no numbers to be cast.
+def _scales(layer: nn.Module, rows: Any = slice(None), cast: bool = True) -> tuple[mx.array, mx.array | None]:
+    """Scales and biases; `cast` to float32 but for modes whose scales are exponents and no numbers to be cast.
 
     They are kept as they are stored: in float32 they would be an eighth of a model's size.
     """
     scales, biases = layer.scales[rows], layer.get("biases")
-    if mx.issubdtype(scales.dtype, mx.floating):
-        scales = scales.astype(mx.float32)
-    return scales, None if biases is None else biases[rows].astype(mx.float32)
+    biases = None if biases is None else biases[rows]
+    if cast and mx.issubdtype(scales.dtype, mx.floating):
+        scales, biases = scales.astype(mx.float32), None if biases is None else biases.astype(mx.float32)
+    return scales, biases
 
 
 def _settings(layer: nn.Module) -> dict[str, Any]:
     return {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
 
 
-def _cpu_product(layer: nn.Module, x: mx.array) -> mx.array:
+def product(layer: nn.Module, x: mx.array, rows: slice, after: mx.array) -> mx.array:
+    """x @ W[rows].T + bias[rows]: (..., in) -> (..., rows). Weights are not dequantized before `after` is made."""
+    if "scales" not in layer:
+        y = x @ layer.weight[rows].T
+    elif on_cpu() and x.size // x.shape[-1] > CPU_QUANTIZED_ROWS:
+        y = x @ dequantized(layer, rows, after).T
+    else:
+        scales, biases = _scales(layer, rows, cast=on_cpu())
+        y = mx.quantized_matmul(x, layer.weight[rows], scales, biases, transpose=True, **_settings(layer))
+    return y + layer.bias[rows] if "bias" in layer else y
+
+
+def linear(
+    layer: nn.Module, x: mx.array, least: int = 1, then: Callable[[mx.array, slice], mx.array] | None = None
+) -> mx.array:
+    """x @ W.T + bias, part by part: (..., in) -> (..., out)
+
+    Args:
+        least: make at least this many parts.
+        then: is applied to each part, with the rows of W that it comes from.
+    """
     out, width = weight_shape(layer)
-    if x.size // width <= CPU_QUANTIZED_ROWS:
-        return mx.quantized_matmul(x, layer.weight, *_scales(layer), transpose=True, **_settings(layer))
-    step = max(1, CPU_SLICE_BYTES // (4 * width), -(-out // CPU_SLICES))
-    if out <= 2 * step:
-        return x @ dequantized(layer, after=x).T
-    # Each slice after the product of the one before.
-    slices = [x @ dequantized(layer, slice(0, step), after=x).T]
-    for start in range(step, out, step):
-        slices.append(x @ dequantized(layer, slice(start, start + step), after=slices[-1]).T)
-    return mx.concatenate(slices, axis=-1)
+    step = -(-out // least)
+    if on_cpu() and "scales" in layer and x.size // width > CPU_QUANTIZED_ROWS:
+        own = max(1, CPU_SLICE_BYTES // (4 * width), -(-out // CPU_SLICES))
+        step = min(step, own if out > 2 * own else out)
+    made = [x]  # each part after the one before
+    for start in range(0, out, step):
+        rows = slice(start, min(start + step, out))
+        part = product(layer, x, rows, after=made[-1])
+        made.append(then(part, rows) if then else part)
+    return made[1] if len(made) == 2 else mx.concatenate(made[1:], axis=-1)
 
 
 class CpuQuantizedLinear(nn.QuantizedLinear):
     """`nn.QuantizedLinear` that dequantizes and multiplies in float32."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = _cpu_product(self, x)
-        return y + self.bias if "bias" in self else y
+        return linear(self, x)
 
 
 class CpuQuantizedEmbedding(nn.QuantizedEmbedding):
@@ -103,7 +124,7 @@ class CpuQuantizedEmbedding(nn.QuantizedEmbedding):
         return dequantized(self, x)
 
     def as_linear(self, x: mx.array) -> mx.array:
-        return _cpu_product(self, x)
+        return linear(self, x)
 
 
 _CPU_CLASSES: dict[type, type] = {

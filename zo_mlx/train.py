@@ -13,9 +13,6 @@ from .files import locked, reporting_disk_errors
 from .memory import bounded_cache, held_below
 from .run import Report, Run, TrainResult
 
-# MLX keeps freed buffers for reuse; batches of many lengths would otherwise make it keep several generations of them.
-CACHE_BYTES = 256 << 20
-
 
 def train(
     *,
@@ -47,7 +44,7 @@ def train(
     if resume and overwrite:
         raise UsageError("--resume and --overwrite exclude each other")
     directory = Path(given.adapter_path)
-    with contextlib.ExitStack() as held, bounded_cache(CACHE_BYTES):
+    with contextlib.ExitStack() as held, bounded_cache():
         if resume:
             if not adapter.has_run(directory):
                 raise UsageError(f"{directory} holds no training run to resume")

@@ -25,7 +25,6 @@ from zo_mlx.head import split_head
 from zo_mlx.memory import bounded_cache, held_below
 from zo_mlx.model import load_sparse
 from zo_mlx.step import make_loss, make_optimizer, step, tokens_that_fit
-from zo_mlx.train import CACHE_BYTES
 
 
 def train_one_step(path: Path, rows: int, length: int, memory_limit: float | None) -> dict[str, float]:
@@ -60,7 +59,7 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        with bounded_cache(CACHE_BYTES):
+        with bounded_cache():
             found = train_one_step(Path(args.child), args.batch_size, args.length, args.memory_limit)
         print(json.dumps(found))
         return

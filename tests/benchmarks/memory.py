@@ -26,7 +26,6 @@ from zo_mlx.memory import bounded_cache, peak_of
 from zo_mlx.model import load_sparse
 from zo_mlx.objective import collate, scores
 from zo_mlx.step import make_loss, make_optimizer, step, tokens_that_fit
-from zo_mlx.train import CACHE_BYTES
 
 BATCHES, LENGTHS = (1, 4, 16, 32), (64, 256, 1024)
 MOST_TOKENS = 8 * 1024
@@ -103,7 +102,7 @@ def main() -> None:
     parser.add_argument("--plot", metavar="FILE")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
-    with bounded_cache(CACHE_BYTES):
+    with bounded_cache():
         points = measure(Path(args.model))
     print(f"{args.model}, {mx.default_device()}, weights {points[0]['weights'] / 1e6:.0f} MB")
     print(f"{'rows':>5}{'tokens':>8}{'evaluating MB':>15}{'training MB':>13}{'ratio':>7}{'LoRA above MB':>15}")

@@ -33,6 +33,7 @@ from zo_mlx.config import TrainConfig, resolved
 from zo_mlx.data import Dataset, Example, Target, batch_order, load_dataset
 from zo_mlx.head import split_head
 from zo_mlx.index import read_index
+from zo_mlx.memory import bounded_cache
 from zo_mlx.model import load_sparse
 from zo_mlx.objective import collate, scores
 from zo_mlx.prefix import Prefix
@@ -163,7 +164,7 @@ def main() -> None:
     parser.add_argument("--num-layers", type=int, metavar="N", help="steps that train the last N blocks, too")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, bounded_cache():
         path = Path(args.model)
         if args.model in SHAPES:
             path = Path(scratch, args.model)
