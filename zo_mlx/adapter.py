@@ -1,7 +1,8 @@
 """The adapter directory: the journal of a run, its values, and the optimizer's state for a quick resume.
 
 `values.safetensors` is the result. `optimizer.safetensors` only saves time: without it, or where the two are not of the
-same step, a resume replays the journal from the start.
+same step, a resume replays the journal from the start. `best/` is an adapter of its own: the values that had the lowest
+validation loss.
 """
 
 import re
@@ -19,6 +20,7 @@ from .journal import FILE_NAME as JOURNAL
 
 VALUES = "values.safetensors"
 OPTIMIZER = "optimizer.safetensors"
+BEST = "best"
 FORMAT = "zo-mlx-values"
 VERSION = 1
 
@@ -31,6 +33,7 @@ class Snapshot:
     journal: str
     fingerprints: dict[str, str]
     values: mx.array
+    validation_loss: float | None = None
 
 
 def has_run(directory: Path) -> bool:
@@ -40,7 +43,7 @@ def has_run(directory: Path) -> bool:
 
 def remove_run(directory: Path) -> None:
     """Remove a run's files but for the journal, which a new run replaces."""
-    for name in (VALUES, OPTIMIZER):
+    for name in (VALUES, OPTIMIZER, f"{BEST}/{VALUES}"):
         (directory / name).unlink(missing_ok=True)
 
 
@@ -51,16 +54,36 @@ def size_bytes(directory: Path) -> int:
 
 def write_snapshot(directory: Path, snapshot: Snapshot, state: dict[str, Any]) -> None:
     """Write values and optimizer state, each whole or not at all."""
-    metadata = {
-        "format": FORMAT,
-        "version": str(VERSION),
-        "step": str(snapshot.step),
-        "journal": snapshot.journal,
-        **snapshot.fingerprints,
-    }
     flat = dict(tree_flatten(state))
-    for name, arrays in ((OPTIMIZER, flat), (VALUES, {"values": snapshot.values})):
-        write_atomically(directory / name, partial(_save, arrays=arrays, metadata=metadata))
+    write_atomically(directory / OPTIMIZER, partial(_save, arrays=flat, metadata=_metadata(snapshot)))
+    _write_values(directory, snapshot)
+
+
+def write_best(directory: Path, snapshot: Snapshot) -> None:
+    """Write the values with the lowest validation loss, in place of those before, if there are any."""
+    (directory / BEST).mkdir(exist_ok=True)
+    _write_values(directory / BEST, snapshot)
+
+
+def read_best(directory: Path, journal: str) -> Snapshot | None:
+    """The best values of the run with this journal, or None if there are none to be read."""
+    try:
+        found = read_snapshot(directory / BEST)
+    except UsageError:
+        return None
+    return found if found.journal == journal and found.validation_loss is not None else None
+
+
+def _write_values(directory: Path, snapshot: Snapshot) -> None:
+    save = partial(_save, arrays={"values": snapshot.values}, metadata=_metadata(snapshot))
+    write_atomically(directory / VALUES, save)
+
+
+def _metadata(snapshot: Snapshot) -> dict[str, str]:
+    found = {"format": FORMAT, "version": str(VERSION), "step": str(snapshot.step), "journal": snapshot.journal}
+    if snapshot.validation_loss is not None:
+        found["validation_loss"] = repr(snapshot.validation_loss)
+    return {**found, **snapshot.fingerprints}
 
 
 def read_snapshot(directory: Path) -> Snapshot:
@@ -72,8 +95,13 @@ def read_snapshot(directory: Path) -> Snapshot:
     values = arrays.get("values")
     if values is None or values.ndim != 1 or values.dtype != mx.float32 or not mx.isfinite(values).all().item():
         raise UsageError(f"{path} is damaged: it must hold one finite float32 vector named values")
-    prints = {k: v for k, v in metadata.items() if k not in ("format", "version", "step", "journal")}
-    return Snapshot(int(metadata["step"]), metadata["journal"], prints, values)
+    own = ("format", "version", "step", "journal", "validation_loss")
+    prints = {k: v for k, v in metadata.items() if k not in own}
+    try:
+        loss = float(metadata["validation_loss"]) if "validation_loss" in metadata else None
+    except ValueError:
+        raise UsageError(f"{path} is damaged: its validation loss is no number") from None
+    return Snapshot(int(metadata["step"]), metadata["journal"], prints, values, loss)
 
 
 def read_optimizer_state(directory: Path, snapshot: Snapshot, like: dict[str, Any]) -> dict[str, Any] | None:

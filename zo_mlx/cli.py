@@ -13,6 +13,7 @@ from . import convert as convert_model
 from . import evaluate as evaluate_model
 from . import generate as generate_text
 from . import train as train_model
+from .adapter import BEST
 from .config import TrainConfig, read_yaml, value_type
 from .convert.quantize import MODES, QUANT_RECIPES
 from .convert.select import Scope
@@ -155,6 +156,8 @@ def _train(args: argparse.Namespace) -> None:
         _print_json({"event": "result", **result.as_dict()})
     else:
         print(f"{result.adapter_path}: {result.iterations} steps, {result.adapter_bytes / 1e6:.2f} MB")
+        if result.best and result.best.iteration < result.iterations:
+            print(f"{result.adapter_path}/{BEST}: step {result.best.iteration}, validation loss {result.best.loss:.3f}")
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -210,6 +213,8 @@ def _print_event(event: dict[str, Any]) -> None:
         )
     elif event["event"] == "warning":
         line = f"Warning: {event['message']}"
+    elif event["event"] == "stopped":
+        line = f"Iter {event['iteration']}: stopped, no better validation loss for {event['patience']} validations"
     else:
         name = "Val" if event["event"] == "validation" else "Test"
         line = f"Iter {event['iteration']}: {name} loss {event['loss']:.3f}"

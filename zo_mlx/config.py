@@ -58,6 +58,9 @@ class TrainConfig:
     )
     steps_per_report: int = _setting(10, "Steps between loss reports.", least=1)
     steps_per_eval: int = _setting(200, "Steps between validations.", least=1)
+    patience: int | None = _setting(
+        None, "Stop when this many validations in a row were no better than the best one.", least=1
+    )
     save_every: int = _setting(100, "Steps between snapshots, which make resuming quick.", least=1)
     max_seq_length: int = _setting(2048, "Longest sequence in tokens.", least=2)
     mask_prompt: bool = _setting(False, "Leave the prompt out of the loss.")
@@ -145,8 +148,8 @@ def resolved(config: TrainConfig) -> TrainConfig:
 
 # Settings that a resumed run may change: they do not alter the sequence of updates already made.
 CHANGEABLE = {
-    "model", "data", "adapter_path", "iters", "val_batches", "steps_per_report", "steps_per_eval", "save_every",
-    "test", "test_batches",
+    "model", "data", "adapter_path", "iters", "val_batches", "steps_per_report", "steps_per_eval", "patience",
+    "save_every", "test", "test_batches",
 }  # fmt: skip
 
 

@@ -23,6 +23,11 @@ from .files import is_text
 Kind = Literal["choices", "tokens"]
 
 
+# Batches of like lengths are made of this many at a time. With 8, 15 to 17% of what is computed is padding (SST-2, RTE,
+# TREC in batches of 16), with 32 it is 6 to 9%; larger pools would bring the same examples together in every epoch.
+POOL = 32
+
+
 @dataclass(frozen=True)
 class Target:
     """A token whose log-probability counts: the one that follows position `position` of row `row`."""
@@ -152,8 +157,8 @@ def batch_order(examples: Sequence[Example], batch_size: int, seed: int, epoch: 
     lengths = np.array([e.length for e in examples])
     order = rng.permutation(len(examples))
     order = _interleaved(order, labels[order])[: len(order) // batch_size * batch_size]
-    # Within pools of 8 batches, examples of like lengths go together.
-    for pool in np.split(order, range(8 * batch_size, len(order), 8 * batch_size)):
+    # Within pools, examples of like lengths go together.
+    for pool in np.split(order, range(POOL * batch_size, len(order), POOL * batch_size)):
         by_length = pool[np.argsort(lengths[pool], kind="stable")]
         pool[:] = _interleaved(by_length, labels[by_length])
     batches = order.reshape(-1, batch_size)

@@ -28,11 +28,20 @@ from .step import make_loss, make_optimizer, replay, step, tokens_that_fit
 Report = Callable[[dict[str, Any]], None]
 
 
+@dataclass(frozen=True)
+class Best:
+    """The validation with the lowest loss: after how many steps, and that loss."""
+
+    iteration: int
+    loss: float
+
+
 @dataclass
 class TrainResult:
     """What a run did: `before` (this process's first step) and `after` on the validation set, `test` on the test set.
 
     Attributes:
+        best: the run's best validation so far; its values are in `best/` of the adapter directory.
         seconds_per_step: median over this process's steps.
         weights_memory: bytes MLX held before the first step.
         peak_memory: bytes MLX held at most during the steps; evaluations have their own, lower or higher.
@@ -45,6 +54,7 @@ class TrainResult:
     before: Evaluation | None
     after: Evaluation | None
     test: Evaluation | None
+    best: Best | None
     seconds_per_step: float | None
     weights_memory: int
     peak_memory: int
@@ -53,7 +63,11 @@ class TrainResult:
     def as_dict(self) -> dict[str, Any]:
         """The result as JSON-ready data."""
         found = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {k: v.as_dict() if isinstance(v, Evaluation) else v for k, v in found.items()}
+        return {
+            **found,
+            **{k: v.as_dict() for k, v in found.items() if isinstance(v, Evaluation)},
+            "best": asdict(self.best) if self.best else None,
+        }
 
 
 class Run:
@@ -101,6 +115,7 @@ class Run:
         self.optimizer.init({"values": self.values})
         self.state = self.optimizer.state
         self.done = 0
+        self.best: Best | None = None
         self.epoch: tuple[int, list[np.ndarray]] = (-1, [])
 
     def warn(self, message: str) -> None:
@@ -139,6 +154,9 @@ class Run:
             self.optimizer, self.values, self.state, past.records[self.done :], self.config
         )
         self.done = len(past.records)
+        best = adapter.read_best(self.directory, past.identity)
+        if best and best.validation_loss is not None and best.step <= self.done:
+            self.best = Best(best.step, best.validation_loss)
 
     def examples(self, number: int) -> list[Any]:
         """The examples of step `number`, a function of (data, seed, number)."""
@@ -169,16 +187,31 @@ class Run:
         return evaluate_dataset(self.head, dataset, size, batches, self.progress)
 
     def validate(self) -> Evaluation | None:
+        """Evaluate on the validation set, and keep the values if they are the best so far."""
         if self.valid_set is None or self.config.val_batches == 0:
             return None
         result = self.evaluate(self.valid_set, self.config.val_batches)
-        self.report({"event": "validation", "iteration": self.done, **result.as_dict()})
+        config, is_best = self.config, False
+        # What a resumed run begins with is no validation that an uninterrupted one would have made.
+        if self.done % config.steps_per_eval == 0 or self.done >= config.iters:
+            is_best = result.loss < (self.best.loss if self.best else math.inf)
+        if is_best:
+            self.best = Best(self.done, result.loss)
+            adapter.write_best(self.directory, self.snapshot(result.loss))
+        self.report({"event": "validation", "iteration": self.done, "best": is_best, **result.as_dict()})
         return result
 
-    def save(self) -> None:
+    def out_of_patience(self) -> bool:
+        """Whether the last `patience` validations were no better than the best one."""
+        patience, best = self.config.patience, self.best
+        return bool(patience and best and self.done >= best.iteration + patience * self.config.steps_per_eval)
+
+    def snapshot(self, validation_loss: float | None = None) -> adapter.Snapshot:
         values = mx.put_along_axis(self.all_values, self.trained, self.values, axis=0)
-        snapshot = adapter.Snapshot(self.done, self.journal.identity, self.model_prints, values)
-        adapter.write_snapshot(self.directory, snapshot, self.state)
+        return adapter.Snapshot(self.done, self.journal.identity, self.model_prints, values, validation_loss)
+
+    def save(self) -> None:
+        adapter.write_snapshot(self.directory, self.snapshot(), self.state)
 
     def go(self) -> TrainResult:
         """Train to the last step; save, evaluate and report on the way."""
@@ -192,6 +225,9 @@ class Run:
         try:
             with Progress("Training", config.iters, "step", self.progress, initial=self.done) as bar:
                 for number in range(self.done + 1, config.iters + 1):
+                    if self.out_of_patience():
+                        self.report({"event": "stopped", "iteration": self.done, "patience": config.patience})
+                        break
                     started = time.perf_counter()
                     examples = self.examples(number)
                     values, state, record = step(
@@ -225,7 +261,7 @@ class Run:
         if test:
             self.report({"event": "test", "iteration": self.done, **test.as_dict()})
         return TrainResult(
-            str(self.directory), self.done, self.sparse.size, meter.last_loss, before, after, test,
+            str(self.directory), self.done, self.sparse.size, meter.last_loss, before, after, test, self.best,
             meter.median_seconds, weights, peak, adapter.size_bytes(self.directory),
         )  # fmt: skip
 

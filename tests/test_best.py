@@ -1,0 +1,48 @@
+"""The best values on the validation set are kept, and a run can stop when they stay the best."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_resume import _interrupt_at
+from test_train import _train, _values
+
+import zo_mlx
+from zo_mlx.adapter import BEST
+from zo_mlx.errors import Interrupted
+from zo_mlx.journal import Journal
+
+SETTINGS = {"iters": 16, "learning_rate": 1e-3, "seed": 2}
+
+
+def test_the_best_values_are_an_adapter_of_their_own(tiny: Path, choice_data: Path, tmp_path: Path) -> None:
+    events: list[dict[str, Any]] = []
+    result = _train(tiny, choice_data, tmp_path / "a", report=events.append, **SETTINGS)
+    losses = {e["iteration"]: e["loss"] for e in events if e["event"] == "validation"}
+    assert list(losses) == [0, 4, 8, 12, 16]
+    best = min(losses, key=lambda i: losses[i])
+    assert 0 < best < 16, "the loss falls and rises again"
+    assert result.best is not None
+    assert (result.best.iteration, result.best.loss) == (best, losses[best])
+    model, tokenizer = zo_mlx.load(tiny, tmp_path / "a" / BEST)
+    again = zo_mlx.evaluate(model, tokenizer, choice_data / "valid.jsonl", progress=False)
+    assert again.loss == pytest.approx(losses[best], abs=1e-5)
+
+
+def test_a_resumed_run_keeps_the_best_of_both_parts(tiny: Path, choice_data: Path, tmp_path: Path) -> None:
+    whole = _train(tiny, choice_data, tmp_path / "whole", **SETTINGS)
+    with pytest.raises(Interrupted):
+        _train(tiny, choice_data, tmp_path / "a", report=_interrupt_at(10), steps_per_report=1, **SETTINGS)
+    parts = _train(tiny, choice_data, tmp_path / "a", resume=True)
+    assert parts.best == whole.best
+    assert (_values(tmp_path / "a" / BEST) == _values(tmp_path / "whole" / BEST)).all()
+    _train(tiny, choice_data, tmp_path / "a", overwrite=True, **{**SETTINGS, "val_batches": 0})
+    assert not list((tmp_path / "a" / BEST).iterdir())
+
+
+def test_patience_stops_a_run_that_gets_no_better(tiny: Path, choice_data: Path, tmp_path: Path) -> None:
+    settings = {"iters": 100, "learning_rate": 0.0, "patience": 2}
+    assert _train(tiny, choice_data, tmp_path / "a", **settings).iterations == 8
+    assert _train(tiny, choice_data, tmp_path / "a", resume=True, iters=100).iterations == 8
+    assert _train(tiny, choice_data, tmp_path / "a", resume=True, iters=100, patience=3).iterations == 12
+    assert len(Journal.read(tmp_path / "a/journal").records) == 12
