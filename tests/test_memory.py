@@ -17,7 +17,8 @@ from zo_mlx.journal import Journal
 from zo_mlx.memory import peak_of
 from zo_mlx.model import load_sparse
 from zo_mlx.objective import layout
-from zo_mlx.step import make_loss, make_optimizer, step, tokens_that_fit
+from zo_mlx.optimizer import Optimizer
+from zo_mlx.step import make_loss, step, tokens_that_fit
 
 
 @pytest.mark.parametrize("kind", ["choices", "tokens", "long choices"])
@@ -74,8 +75,7 @@ def test_a_step_of_a_real_model_stays_within_the_limit(smollm2: Path) -> None:
     config = resolved(TrainConfig(batch_size=4, directions=4))
 
     def peak(tokens_at_once: int | None, limit: int = 0) -> int:
-        loss, optimizer = make_loss(sparse, head, tokens_at_once=tokens_at_once), make_optimizer(config)
-        optimizer.init({"values": values})
+        loss, optimizer = make_loss(sparse, head, tokens_at_once=tokens_at_once), Optimizer(config, values)
         return peak_of(lambda: step(loss, optimizer, values, optimizer.state, examples, 1, config), limit)
 
     unlimited, least = peak(None), peak(1)

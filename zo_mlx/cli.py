@@ -80,7 +80,7 @@ def _add_train(commands: Any) -> argparse.ArgumentParser:
         flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
         if value_type(f) is bool:
             p.add_argument(flag, action="store_true", default=None, help=text)
-        elif f.name != "lr_schedule":
+        elif value_type(f) is not dict:
             p.add_argument(
                 flag,
                 type=value_type(f),

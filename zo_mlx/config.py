@@ -12,10 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.optimizers as optim
 import yaml
 from mlx_lm.tuner.utils import build_schedule
 
 from .errors import UsageError
+
+# Of `mlx.optimizers`; those made for matrices, like Muon, have nothing to work on in a vector of values.
+OPTIMIZERS = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "lion": "Lion"}
 
 
 def _setting(default: Any, help: str, least: float | None = None, **more: Any) -> Any:
@@ -45,7 +49,10 @@ class TrainConfig:
     learning_rate: float | None = _setting(
         None, "Initial learning rate, falls by 0.1% a step; default: 3e-5 times the directions.", least=0
     )
-    optimizer: str = _setting("sgd", "Optimizer of the trainable values.", choices=("sgd", "adam"))
+    optimizer: str = _setting("sgd", "Optimizer of the trainable values.", choices=tuple(OPTIMIZERS))
+    optimizer_config: dict[str, Any] | None = _setting(
+        None, "mlx-lm's optimizer_config block: arguments by optimizer, e.g. its momentum (YAML only)."
+    )
     lr_schedule: dict[str, Any] | None = _setting(
         None, "mlx-lm's lr_schedule block, in place of learning_rate (YAML only)."
     )
@@ -102,6 +109,15 @@ class TrainConfig:
                 raise UsageError(f"lr_schedule is not one that mlx-lm can build: {type(e).__name__}: {e}") from None
             if not all(0 <= r < math.inf for r in rates):
                 raise UsageError(f"lr_schedule gives learning rates of {rates} at the start, middle and end")
+        if self.optimizer_config is not None:
+            try:
+                self.optimizer_config = json.loads(json.dumps(self.optimizer_config))
+                for name, arguments in self.optimizer_config.items():
+                    if name in OPTIMIZERS:
+                        rule = getattr(optim, OPTIMIZERS[name])(1e-3, **arguments)
+                        rule.apply_gradients({"values": mx.ones(2)}, {"values": mx.ones(2)})
+            except Exception as e:  # mlx's optimizers take arguments without checking them
+                raise UsageError(f"optimizer_config is none of mlx's optimizers': {type(e).__name__}: {e}") from None
 
 
 _MOST = 2**63 - 1  # seeds and step numbers are hashed and written as 64 bits

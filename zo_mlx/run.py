@@ -21,9 +21,10 @@ from .head import split_head
 from .index import FILE_NAME as INDEX
 from .model import context_length, load_sparse
 from .objective import layout
+from .optimizer import Optimizer
 from .prefix import Prefix
 from .progress import Progress
-from .step import make_loss, make_optimizer, replay, step, tokens_that_fit
+from .step import make_loss, replay, step, tokens_that_fit
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -99,7 +100,6 @@ class Run:
             "train.jsonl": sha256(data / "train.jsonl"),
             "tokenized training set": self.train_set.fingerprint(),  # tokenizer and chat template take part in it
         }
-        self.optimizer = make_optimizer(config)
         self.all_values = index.initial_values()
         blocks = len(self.sparse.model.layers)
         last = blocks if config.num_layers == -1 else config.num_layers
@@ -112,7 +112,7 @@ class Run:
             if least > limit:
                 self.warn(f"--memory-limit: the longest example alone takes {least / 1e9:.3f} GB")
             config.tokens_at_once = max(1, fit)
-        self.optimizer.init({"values": self.values})
+        self.optimizer = Optimizer(config, self.values)
         self.state = self.optimizer.state
         self.done = 0
         self.best: Best | None = None

@@ -2,13 +2,9 @@
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import mlx.core as mx
-import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_map
-from mlx_lm.tuner.utils import build_schedule
 
 from . import estimator
 from .config import TrainConfig
@@ -17,10 +13,10 @@ from .head import Head
 from .journal import Record
 from .memory import peak_of, with_margin
 from .objective import branch_losses, collate, layout, scores
+from .optimizer import Optimizer, State
 from .prefix import Prefix
 from .sparse import SparseModel
 
-State = dict[str, Any]
 Loss = Callable[[estimator.Branches, Sequence[Example]], mx.array]
 
 
@@ -91,15 +87,9 @@ def tokens_that_fit(limit: int, sparse: SparseModel, head: Head, values: mx.arra
     return int(tokens + (with_margin(limit) - one) / each), peak(1, tokens_at_once=1)
 
 
-def make_optimizer(config: TrainConfig) -> optim.Optimizer:
-    """The run's optimizer, with no state yet."""
-    assert config.lr_schedule is not None, "the settings are not resolved"
-    return {"sgd": optim.SGD, "adam": optim.Adam}[config.optimizer](build_schedule(config.lr_schedule))
-
-
 def step(
     loss: Loss,
-    optimizer: optim.Optimizer,
+    optimizer: Optimizer,
     values: mx.array,
     state: State,
     examples: Sequence[Example],
@@ -110,7 +100,7 @@ def step(
 
     Args:
         loss: from `make_loss`.
-        optimizer: gives the update rule; its own state is replaced.
+        optimizer: gives the update rule.
         values: (K,) float32.
         state: the optimizer's.
         examples: B of them, a multiple of q.
@@ -129,19 +119,13 @@ def step(
     return *update(optimizer, values, state, record, z), record
 
 
-def update(
-    optimizer: optim.Optimizer, values: mx.array, state: State, record: Record, z: mx.array
-) -> tuple[mx.array, State]:
+def update(optimizer: Optimizer, values: mx.array, state: State, record: Record, z: mx.array) -> tuple[mx.array, State]:
     """Apply a step's record: the part of a step that a replay repeats. z: (q, K), from `estimator.directions`."""
-    gradient = estimator.gradient_estimate(mx.array(record.projected), z)
-    optimizer.state = tree_map(lambda leaf: leaf, state)
-    new = optimizer.apply_gradients({"values": gradient}, {"values": values})["values"]
-    mx.eval(new, optimizer.state)
-    return new, optimizer.state
+    return optimizer.apply(values, state, estimator.gradient_estimate(mx.array(record.projected), z))
 
 
 def replay(
-    optimizer: optim.Optimizer, values: mx.array, state: State, records: Sequence[Record], config: TrainConfig
+    optimizer: Optimizer, values: mx.array, state: State, records: Sequence[Record], config: TrainConfig
 ) -> tuple[mx.array, State]:
     """Repeat the updates of some consecutive steps from their records alone."""
     for record in records:

@@ -24,7 +24,8 @@ from zo_mlx.config import TrainConfig, resolved
 from zo_mlx.head import split_head
 from zo_mlx.memory import bounded_cache, held_below
 from zo_mlx.model import load_sparse
-from zo_mlx.step import make_loss, make_optimizer, step, tokens_that_fit
+from zo_mlx.optimizer import Optimizer
+from zo_mlx.step import make_loss, step, tokens_that_fit
 
 
 def train_one_step(path: Path, rows: int, length: int, memory_limit: float | None) -> dict[str, float]:
@@ -39,8 +40,7 @@ def train_one_step(path: Path, rows: int, length: int, memory_limit: float | Non
         limit = int(memory_limit * 1e9)
         fit = max(1, tokens_that_fit(limit, sparse, head, values, examples[0])[0])
     settings = resolved(TrainConfig(batch_size=rows))
-    loss, optimizer = make_loss(sparse, head, tokens_at_once=fit), make_optimizer(settings)
-    optimizer.init({"values": values})
+    loss, optimizer = make_loss(sparse, head, tokens_at_once=fit), Optimizer(settings, values)
     started = time.perf_counter()
     with held_below(limit):
         step(loss, optimizer, values, optimizer.state, examples, 1, settings)

@@ -25,7 +25,8 @@ from zo_mlx.head import split_head
 from zo_mlx.memory import bounded_cache, peak_of
 from zo_mlx.model import load_sparse
 from zo_mlx.objective import collate, scores
-from zo_mlx.step import make_loss, make_optimizer, step, tokens_that_fit
+from zo_mlx.optimizer import Optimizer
+from zo_mlx.step import make_loss, step, tokens_that_fit
 
 BATCHES, LENGTHS = (1, 4, 16, 32), (64, 256, 1024)
 MOST_TOKENS = 8 * 1024
@@ -53,8 +54,7 @@ def measure(path: Path) -> list[dict[str, Any]]:
             limit = int(1.1 * evaluating)
             fit, _ = tokens_that_fit(limit, sparse, head, values, examples[0])
             settings = resolved(TrainConfig(batch_size=rows))
-            loss, optimizer = make_loss(sparse, head, tokens_at_once=max(1, fit)), make_optimizer(settings)
-            optimizer.init({"values": values})
+            loss, optimizer = make_loss(sparse, head, tokens_at_once=max(1, fit)), Optimizer(settings, values)
             training = peak_of(
                 lambda e=examples, o=optimizer, f=loss, s=settings: mx.eval(  # type: ignore[misc]
                     step(f, o, values, o.state, e, 1, s)[0]

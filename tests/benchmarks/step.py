@@ -36,9 +36,10 @@ from zo_mlx.index import read_index
 from zo_mlx.memory import bounded_cache
 from zo_mlx.model import load_sparse
 from zo_mlx.objective import collate, scores
+from zo_mlx.optimizer import Optimizer
 from zo_mlx.prefix import Prefix
 from zo_mlx.sparse import SparseModel
-from zo_mlx.step import make_loss, make_optimizer, step
+from zo_mlx.step import make_loss, step
 
 Arms = dict[str, Callable[[list[Any], int], object]]
 
@@ -56,8 +57,7 @@ def measure(run: Callable[[], object]) -> tuple[float, int]:
 def own_arms(sparse: SparseModel, config: TrainConfig, values: mx.array) -> Arms:
     """Our step and the passes it is made of."""
     head = split_head(sparse.model)
-    loss, optimizer = make_loss(sparse, head), make_optimizer(config)
-    optimizer.init({"values": values})
+    loss, optimizer = make_loss(sparse, head), Optimizer(config, values)
     state = optimizer.state
 
     def base(run: Callable[[list[Any]], object]) -> Callable[[list[Any], int], object]:
@@ -82,8 +82,7 @@ def last_arms(path: Path, blocks: int, config: TrainConfig) -> tuple[Arms, Calla
     model, arms = BlockwiseModel(sparse.model), {}
     for name, cache_bytes in (("last", None), ("last-warm", 1 << 30)):
         prefix = Prefix(model, sparse.first_block, cache_bytes)
-        loss, optimizer = make_loss(sparse, head, prefix), make_optimizer(config)
-        optimizer.init({"values": values})
+        loss, optimizer = make_loss(sparse, head, prefix), Optimizer(config, values)
 
         def arm(examples: list[Any], n: int, f: Any = loss, o: Any = optimizer, state: Any = optimizer.state) -> None:
             mx.eval(step(f, o, values, state, examples, n + 1, config)[0])
