@@ -19,6 +19,7 @@ from ..index import SensitiveIndex, write_index
 from ..memory import bounded_cache
 from ..model import fingerprint
 from .checkpoint import Checkpoint
+from .masks import Mask, check_mask, rank_unscored
 from .perplexity import before_and_after, perplexity_windows
 from .quantize import Quantization, clip_sensitive
 from .scoring import Stopwatch, checkpoint_bytes, gather, rank
@@ -39,7 +40,7 @@ class Conversion:
         mlx_path: the directory written.
         trainable: K, the number of sensitive weights.
         candidates: the number of weights they were chosen from.
-        coverage: the sensitive weights' share of the sum of all Fisher scores.
+        coverage: the sensitive weights' share of the sum of all Fisher scores; None with another mask.
         seconds: wall-clock time; of a resumed conversion, since then.
         phases: what of it went into `forward`, `backward`, `select`, `quantize`, `write` and `perplexity`.
         peak_memory: bytes, MLX's peak.
@@ -50,7 +51,7 @@ class Conversion:
     mlx_path: str
     trainable: int
     candidates: int
-    coverage: float
+    coverage: float | None
     seconds: float
     phases: dict[str, float]
     peak_memory: int
@@ -68,6 +69,7 @@ def convert(
     dtype: str | None = None,
     density: float = 1e-3,
     scope: Scope = "global",
+    mask: Mask = "sensitive",
     isolate: bool = False,
     calibration_data: str | None = None,
     num_samples: int = 16,
@@ -96,6 +98,8 @@ def convert(
         dtype: dtype of what stays unquantized; by default the source's.
         density: fraction of the linear layers' weights that is trainable.
         scope: `global` (one threshold over all layers) or `tensor` (the same fraction of each).
+        mask: which weights are trainable: the most `sensitive` ones; or, to compare with, `random` ones, the `largest`
+            or `smallest` in absolute value, or `all`, whatever the density.
         isolate: leave the sensitive weights out of the quantizer's range.
         calibration_data: a UTF-8 text file; by default the text that ships with the package.
         num_samples: calibration sequences.
@@ -123,6 +127,10 @@ def convert(
         check_range("--memory-limit", memory_limit, 1e-3)
     limit = int(memory_limit * 1e9) if memory_limit else None
     check_choice(density, scope)
+    check_mask(mask)
+    if isolate and mask == "all":
+        raise UsageError("--isolate leaves nothing to quantize with --mask all")
+    density = 1.0 if mask == "all" else density
     quantization = Quantization(q_bits, q_group_size, q_mode, quant_predicate)
     text_path = Path(calibration_data) if calibration_data else DEFAULT_TEXT
     text = _read_text(text_path)
@@ -150,6 +158,7 @@ def convert(
             "dtype": dtype,
             "density": density,
             "scope": scope,
+            "mask": mask,
             "isolate": isolate,
             "calibration": {
                 "name": text_path.name,
@@ -170,7 +179,10 @@ def convert(
         work.check_space(model_bytes(model) + checkpoint_bytes(source, sequences))
         del model
         watch = Stopwatch()
-        ranking = rank(source, sequences, density, scope, limit, Checkpoint(work.scoring), watch, progress)
+        if mask == "sensitive":
+            ranking = rank(source, sequences, density, scope, limit, Checkpoint(work.scoring), watch, progress)
+        else:
+            ranking = rank_unscored(source, mask, density, scope, seed, progress)
         index = SensitiveIndex(gather(source.open_model(), ranking.chosen, progress))
         watch.lap("select")
         if source.quantized:
@@ -186,6 +198,7 @@ def convert(
         index.metadata = {
             "density": density,
             "scope": scope,
+            "mask": mask,
             "size": index.size,
             "candidates": ranking.candidates,
             "coverage": ranking.coverage,

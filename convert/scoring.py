@@ -44,7 +44,7 @@ class Ranking:
     Attributes:
         chosen: for each layer with chosen weights, their flat positions and scores.
         sizes: for each layer, how many weights it has.
-        masses: for each layer, the sum of its scores.
+        masses: for each layer, the sum of its scores; of none if there are no scores.
     """
 
     chosen: dict[str, tuple[np.ndarray, np.ndarray]]
@@ -57,20 +57,28 @@ class Ranking:
         return sum(self.sizes.values())
 
     @property
-    def coverage(self) -> float:
-        """The chosen weights' share of the sum of all scores."""
+    def coverage(self) -> float | None:
+        """The chosen weights' share of the sum of all scores, if there are any."""
+        if not self.masses:
+            return None
         covered = sum(float(scores.sum(dtype=np.float64)) for _, scores in self.chosen.values())
         return covered / (sum(self.masses.values()) or 1.0)
 
-    def layers(self) -> dict[str, dict[str, float]]:
+    def layers(self) -> dict[str, dict[str, float | None]]:
         """For each layer, its weights, how many are chosen, and the share of the layer's scores that they hold."""
         none = np.empty(0, np.uint32), np.empty(0, np.float32)
-        found = {}
+        found: dict[str, dict[str, float | None]] = {}
         for path, size in self.sizes.items():
             indices, scores = self.chosen.get(path, none)
-            share = float(scores.sum(dtype=np.float64)) / (self.masses[path] or 1.0)
+            share = float(scores.sum(dtype=np.float64)) / (self.masses[path] or 1.0) if self.masses else None
             found[path] = {"weights": size, "trainable": len(indices), "coverage": share}
         return found
+
+
+def layer_sizes(model: nn.Module) -> dict[str, int]:
+    """How many weights each layer has that can be chosen from."""
+    modules = dict(model.named_modules())
+    return {path: math.prod(weight_shape(modules[path])) for path in scored_layers(model)}
 
 
 def rank(
@@ -85,10 +93,8 @@ def rank(
 ) -> Ranking:
     """Score the weights of all linear layers and rank them; block by block where the model allows it."""
     model = source.open_model()
-    modules = dict(model.named_modules())
-    sizes = {path: math.prod(weight_shape(modules[path])) for path in scored_layers(model)}
+    sizes = layer_sizes(model)
     selector, masses = Selector(sizes, density, scope), {}
-    del modules
     blocks, chain = len(model.layers), source.is_chain
     del model
     if not chain:
@@ -168,9 +174,14 @@ def gather(
             weight = dequantized(module) if "scales" in module else module.weight
             values = weight.reshape(-1)[mx.array(indices)]
             mx.eval(values)
-            for name in ("weight", "scales", "biases", "global_scale"):
-                module.pop(name, None)
+            forget(module)
             del weight
             tensors[path] = SensitiveTensor(indices, values, scores)
             bar.advance()
     return tensors
+
+
+def forget(layer: nn.Module) -> None:
+    """Let go of a layer's weight."""
+    for name in ("weight", "scales", "biases", "global_scale"):
+        layer.pop(name, None)

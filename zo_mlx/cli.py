@@ -15,6 +15,7 @@ from . import generate as generate_text
 from . import train as train_model
 from .adapter import BEST
 from .config import TrainConfig, read_yaml, value_type
+from .convert.masks import Mask
 from .convert.quantize import MODES, QUANT_RECIPES
 from .convert.select import Scope
 from .errors import UsageError, ZoError
@@ -58,6 +59,7 @@ def _add_convert(commands: Any) -> argparse.ArgumentParser:
     p.add_argument("--dtype", help="float16, bfloat16 or float32 for what stays unquantized; default: the source's.")
     p.add_argument("--density", type=float, default=1e-3, help="Fraction of the linear layers' weights to train.")
     p.add_argument("--scope", choices=get_args(Scope), default="global", help="One threshold, or one per tensor.")
+    p.add_argument("--mask", choices=get_args(Mask), default="sensitive", help="Which weights; others to compare with.")
     p.add_argument("--isolate", action="store_true", help="Leave sensitive weights out of the quantizer's range.")
     p.add_argument("--calibration-data", metavar="FILE", help="Text file; default: the text in the package.")
     p.add_argument("--num-samples", type=int, default=16, help="Calibration sequences.")
@@ -128,16 +130,17 @@ def _add_model(p: argparse.ArgumentParser) -> None:
 
 def _convert(args: argparse.Namespace) -> None:
     names = (
-        "hf_path mlx_path q_bits q_group_size q_mode quant_predicate dtype density scope isolate calibration_data "
+        "hf_path mlx_path q_bits q_group_size q_mode quant_predicate dtype density scope mask isolate calibration_data "
         "num_samples sequence_length seed perplexity_data memory_limit revision upload_repo resume"
     )
     done = convert_model(**{name: getattr(args, name) for name in names.split()})
     if args.json:
         print(json.dumps(dataclasses.asdict(done)))
     else:
+        share = "" if done.coverage is None else f"; they hold {done.coverage:.1%} of the Fisher scores' sum"
         print(
-            f"{done.mlx_path}: {done.trainable:,} of {done.candidates:,} weights are trainable; they hold "
-            f"{done.coverage:.1%} of the Fisher scores' sum. {done.seconds:.0f} s, peak {done.peak_memory / 1e9:.2f} GB"
+            f"{done.mlx_path}: {done.trainable:,} of {done.candidates:,} weights are trainable{share}. "
+            f"{done.seconds:.0f} s, peak {done.peak_memory / 1e9:.2f} GB"
         )
         if done.perplexity:
             before, after, trained = (
