@@ -81,7 +81,7 @@ def test_a_step_of_a_real_model_stays_within_the_limit(smollm2: Path) -> None:
     unlimited, least = peak(None), peak(1)
     assert least < 0.95 * unlimited
     limit = (least + unlimited) // 2
-    fit, alone = tokens_that_fit(limit, sparse, head, values, examples[1])
+    fit, alone = tokens_that_fit(limit, sparse, head, values, examples[1], 4)
     assert 256 <= fit < 8 * 256
     assert peak(fit, limit) <= 1.01 * limit
     assert alone == pytest.approx(least, rel=0.1)

@@ -108,10 +108,10 @@ class Run:
         if config.memory_limit is not None and config.tokens_at_once is None:
             longest = max(self.train_set.examples, key=lambda e: e.length)
             limit = int(config.memory_limit * 1e9)
-            fit, least = tokens_that_fit(limit, self.sparse, self.head, self.values, longest)
+            fit, least = tokens_that_fit(limit, self.sparse, self.head, self.values, longest, config.batch_size)
             if least > limit:
                 self.warn(f"--memory-limit: the longest example alone takes {least / 1e9:.3f} GB")
-            config.tokens_at_once = max(1, fit)
+            config.tokens_at_once = fit
         self.optimizer = Optimizer(config, self.values)
         self.state = self.optimizer.state
         self.done = 0

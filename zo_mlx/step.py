@@ -62,15 +62,19 @@ def make_loss(sparse: SparseModel, head: Head, prefix: Prefix | None = None, tok
     return loss
 
 
-def tokens_that_fit(limit: int, sparse: SparseModel, head: Head, values: mx.array, longest: Example) -> tuple[int, int]:
+def tokens_that_fit(
+    limit: int, sparse: SparseModel, head: Head, values: mx.array, longest: Example, batch_size: int
+) -> tuple[int, int]:
     """How many tokens a forward pass may have within a limit in bytes, weights included: measured.
 
-    A pass is compared with one of twice as many branches, or rows, where branches cannot be stacked. What shorter
-    examples take is less for each token.
+    Passes of twice as many rows are tried until one takes too much, or the whole step fits. In between, a straight line
+    is on the safe side: small passes take little more than a layer's weights, larger ones more for each token. What
+    shorter examples take is less.
 
     Args:
         values: (K,) that are trained.
         longest: the example with the longest row.
+        batch_size: examples of a step.
 
     Returns:
         Tokens, which may be fewer than an example's; and the bytes that a pass takes with an example at a time.
@@ -81,10 +85,17 @@ def tokens_that_fit(limit: int, sparse: SparseModel, head: Head, values: mx.arra
         z = mx.ones((size if sparse.stackable else 1, values.size), mx.int8)
         return peak_of(lambda: mx.eval(loss(estimator.two_sided(values, z, 1e-3), [longest] * size)))
 
-    tokens = (2 if sparse.stackable else 1) * layout([[longest]], head.continues)[0]
-    one, two = peak(1), peak(2)
-    each = max(1.0, (two - one) / tokens)
-    return int(tokens + (with_margin(limit) - one) / each), peak(1, tokens_at_once=1)
+    aim, row = with_margin(limit), layout([[longest]], head.continues)[0]
+    fit, taken = row, (alone := peak(1, tokens_at_once=1))
+    if alone > aim:
+        return 1, alone
+    for size in [*(2**i for i in range(batch_size.bit_length())), batch_size]:
+        tokens = row * size * (2 if sparse.stackable else 1)
+        if tokens > fit:
+            if (more := peak(size)) > aim:
+                return int(fit + (tokens - fit) * (aim - taken) / (more - taken)), alone
+            fit, taken = tokens, more
+    return fit, alone
 
 
 def step(

@@ -38,7 +38,7 @@ def train_one_step(path: Path, rows: int, length: int, memory_limit: float | Non
     fit = limit = None
     if memory_limit is not None:
         limit = int(memory_limit * 1e9)
-        fit = max(1, tokens_that_fit(limit, sparse, head, values, examples[0])[0])
+        fit = tokens_that_fit(limit, sparse, head, values, examples[0], rows)[0]
     settings = resolved(TrainConfig(batch_size=rows))
     loss, optimizer = make_loss(sparse, head, tokens_at_once=fit), Optimizer(settings, values)
     started = time.perf_counter()
