@@ -1,15 +1,15 @@
 """Time and memory of a training step, against forward passes of the same rows, and against other ways to train.
 
     python tests/benchmarks/step.py [--model demo/model|tinyllama] [--data examples/support] [--others] [--num-layers N]
-        [--json FILE]
+        [--tokens-at-once N] [--json FILE]
 
 All arms run in one process, in alternation, on the same batches; the table gives medians, and the ratio is the median
 of the ratios of neighbours. `floor` is one stacked pass of the base model with logits at the target positions only,
-as in the step; `full` computes logits everywhere, as calling the model does. With `--others` all arms compute with
-dense float32 weights, dequantized once: `mezo` perturbs all weights in place, `mezo-sparse` the sensitive ones, both
-with two passes of one direction; `lora` is mlx-lm's step (all layers, rank 8, Adam), also with its gradient
-checkpointing. With `--num-layers N` there are steps that train the last N blocks: `last`, and `last-warm`, which finds
-what comes before them in its cache.
+as in the step; `full` computes logits everywhere, as calling the model does; `step-parts` is the step in passes of at
+most N tokens. With `--others` all arms compute with dense float32 weights, dequantized once: `mezo` perturbs all
+weights in place, `mezo-sparse` the sensitive ones, both with two passes of one direction; `lora` is mlx-lm's step (all
+layers, rank 8, Adam), also with its gradient checkpointing. With `--num-layers N` there are steps that train the last N
+blocks: `last`, and `last-warm`, which finds what comes before them in its cache.
 """
 
 import zo_mlx  # isort: skip  # noqa: F401  (first, so that MLX gets a fast BLAS)
@@ -39,7 +39,7 @@ from zo_mlx.objective import collate, scores
 from zo_mlx.optimizer import Optimizer
 from zo_mlx.prefix import Prefix
 from zo_mlx.sparse import SparseModel
-from zo_mlx.step import make_loss, step
+from zo_mlx.step import Loss, make_loss, step
 
 Arms = dict[str, Callable[[list[Any], int], object]]
 
@@ -54,11 +54,13 @@ def measure(run: Callable[[], object]) -> tuple[float, int]:
     return time.perf_counter() - started, mx.get_peak_memory() - before
 
 
-def own_arms(sparse: SparseModel, config: TrainConfig, values: mx.array) -> Arms:
-    """Our step and the passes it is made of."""
+def own_arms(sparse: SparseModel, config: TrainConfig, values: mx.array, tokens_at_once: int | None) -> Arms:
+    """Our step, whole and in parts, and the passes it is made of."""
     head = split_head(sparse.model)
-    loss, optimizer = make_loss(sparse, head), Optimizer(config, values)
-    state = optimizer.state
+    optimizer = Optimizer(config, values)
+
+    def whole(loss: Loss) -> Callable[[list[Any], int], object]:
+        return lambda examples, n: step(loss, optimizer, values, optimizer.state, examples, n + 1, config)
 
     def base(run: Callable[[list[Any]], object]) -> Callable[[list[Any], int], object]:
         def arm(examples: list[Any], number: int) -> None:
@@ -67,8 +69,10 @@ def own_arms(sparse: SparseModel, config: TrainConfig, values: mx.array) -> Arms
 
         return arm
 
+    parts = {"step-parts": whole(make_loss(sparse, head, tokens_at_once=tokens_at_once))} if tokens_at_once else {}
     return {
-        "step": lambda examples, n: mx.eval(step(loss, optimizer, values, state, examples, n + 1, config)[0]),
+        "step": whole(make_loss(sparse, head)),
+        **parts,
         "floor": base(lambda shares: scores(head, collate(shares))),
         "full": base(lambda shares: sparse.model(collate(shares).tokens)),
     }
@@ -127,7 +131,7 @@ def run(path: Path, args: argparse.Namespace) -> dict[str, Any]:
     if args.others:
         sparse = SparseModel(dense_model(path), index)
     settings = resolved(TrainConfig(batch_size=args.batch_size, directions=args.directions))
-    arms = own_arms(sparse, settings, index.initial_values())
+    arms = own_arms(sparse, settings, index.initial_values(), args.tokens_at_once)
     if args.others:
         arms = {name: arm for name, arm in arms.items() if name != "full"} | other_arms(path)
     warm: Callable[[list[Any]], object] = lambda batch: None  # noqa: E731
@@ -159,6 +163,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--directions", type=int)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--tokens-at-once", type=int, metavar="N", help="a step in passes of at most N tokens, too")
     parser.add_argument("--others", action="store_true", help="against MeZO and LoRA, on dense weights")
     parser.add_argument("--num-layers", type=int, metavar="N", help="steps that train the last N blocks, too")
     parser.add_argument("--json", metavar="FILE")
