@@ -19,11 +19,11 @@ from ..index import SensitiveIndex, write_index
 from ..memory import bounded_cache
 from ..model import fingerprint
 from .checkpoint import Checkpoint
-from .masks import Mask, check_mask, rank_unscored
+from .masks import Mask, rank_unscored
 from .perplexity import before_and_after, perplexity_windows
 from .quantize import Quantization, clip_sensitive
 from .scoring import Stopwatch, checkpoint_bytes, gather, rank
-from .select import Scope, check_choice
+from .select import Scope, check_choice, check_option
 from .sensitivity import DEFAULT_TEXT, calibration_sequences
 from .sources import open_source
 from .workspace import workspace
@@ -127,7 +127,7 @@ def convert(
         check_range("--memory-limit", memory_limit, 1e-3)
     limit = int(memory_limit * 1e9) if memory_limit else None
     check_choice(density, scope)
-    check_mask(mask)
+    check_option("--mask", mask, Mask)
     if isolate and mask == "all":
         raise UsageError("--isolate leaves nothing to quantize with --mask all")
     density = 1.0 if mask == "all" else density

@@ -1,6 +1,6 @@
 """Other choices of weights than the most sensitive ones, to compare those with (Guo et al. 2024, arXiv 2406.02913)."""
 
-from typing import Literal, get_args
+from typing import Literal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,17 +16,11 @@ from .sources import Source
 Mask = Literal["sensitive", "random", "largest", "smallest", "all"]
 
 
-def check_mask(mask: str) -> None:
-    """Raise UsageError for a mask that there is not."""
-    if mask not in get_args(Mask):
-        raise UsageError(f"--mask must be one of {', '.join(get_args(Mask))}, not {mask}")
-
-
 def rank_unscored(source: Source, mask: Mask, density: float, scope: Scope, seed: int, progress: bool) -> Ranking:
     """Choose weights without their Fisher scores, reading one layer at a time.
 
     Args:
-        mask: `random`, `largest` or `smallest` (in absolute value); `all` takes no account of the density.
+        mask: `random`, `largest` or `smallest` (in absolute value), or `all`, with a density of 1.
         seed: of `random`.
 
     Returns:
@@ -34,7 +28,7 @@ def rank_unscored(source: Source, mask: Mask, density: float, scope: Scope, seed
     """
     model = source.open_model()
     modules, sizes = dict(model.named_modules()), layer_sizes(model)
-    selector = Selector(sizes, 1.0 if mask == "all" else density, scope)
+    selector = Selector(sizes, density, scope)
     with Progress("Choosing weights", len(sizes), "layer", progress) as bar:
         for number, path in enumerate(sizes):
             selector.add(path, _order(mask, modules[path], path, (seed, number)))

@@ -1,6 +1,6 @@
 """Choose the most sensitive weights from Fisher scores that come one layer at a time."""
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -15,8 +15,13 @@ def check_choice(density: float, scope: str) -> None:
     """Raise UsageError for a density that is not in (0, 1] or a scope that there is not."""
     if not 0 < density <= 1:
         raise UsageError(f"--density must be above 0 and at most 1, not {density}")
-    if scope not in get_args(Scope):
-        raise UsageError(f"--scope must be one of {', '.join(get_args(Scope))}, not {scope}")
+    check_option("--scope", scope, Scope)
+
+
+def check_option(flag: str, value: str, options: Any) -> None:
+    """Raise UsageError for a value that is not among those of a Literal."""
+    if value not in get_args(options):
+        raise UsageError(f"{flag} must be one of {', '.join(get_args(options))}, not {value}")
 
 
 class Selector:

@@ -19,7 +19,7 @@ def _index(source: Path, out: Path, **settings: object) -> SensitiveIndex:
     return read_index(out)
 
 
-def _weights(source: Path, index: SensitiveIndex) -> dict[str, np.ndarray]:
+def _weights(source: Path) -> dict[str, np.ndarray]:
     arrays: dict[str, mx.array] = {}
     for file in source.glob("*.safetensors"):
         arrays |= mx.load(str(file))  # type: ignore[arg-type]
@@ -30,7 +30,7 @@ def _weights(source: Path, index: SensitiveIndex) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("mask", ["largest", "smallest"])
 def test_magnitude_masks_take_the_extremes_of_all_layers(mask: str, tiny_hf: Path, tmp_path: Path) -> None:
     index = _index(tiny_hf, tmp_path / "a", mask=mask)
-    weights = _weights(tiny_hf, index)
+    weights = _weights(tiny_hf)
     chosen, others = [], []
     for path, magnitudes in weights.items():
         taken = index.tensors[path].indices if path in index.tensors else np.empty(0, np.uint32)
@@ -55,7 +55,7 @@ def test_a_random_mask_depends_on_the_seed_alone(tiny_hf: Path, tmp_path: Path) 
 
 def test_all_weights_can_be_trained(tiny_hf: Path, choice_data: Path, tmp_path: Path) -> None:
     index = _index(tiny_hf, tmp_path / "m", mask="all")
-    assert index.size == index.metadata["candidates"] == sum(map(len, _weights(tiny_hf, index).values()))
+    assert index.size == index.metadata["candidates"] == sum(map(len, _weights(tiny_hf).values()))
     result = _train(tmp_path / "m", choice_data, tmp_path / "a")
     assert result.trainable == index.size
     assert result.train_loss is not None

@@ -36,6 +36,14 @@ class Snapshot:
     validation_loss: float | None = None
 
 
+@dataclass(frozen=True)
+class Best:
+    """The validation with the lowest loss: after how many steps, and that loss."""
+
+    iteration: int
+    loss: float
+
+
 def has_run(directory: Path) -> bool:
     """Whether an adapter directory holds a run, or files that a run would replace."""
     return any((directory / name).exists() for name in (JOURNAL, VALUES, OPTIMIZER))
@@ -65,13 +73,15 @@ def write_best(directory: Path, snapshot: Snapshot) -> None:
     _write_values(directory / BEST, snapshot)
 
 
-def read_best(directory: Path, journal: str) -> Snapshot | None:
-    """The best values of the run with this journal, or None if there are none to be read."""
+def read_best(directory: Path, journal: str) -> Best | None:
+    """The best validation of the run with this journal, or None if its values are not there to be read."""
     try:
         found = read_snapshot(directory / BEST)
     except UsageError:
         return None
-    return found if found.journal == journal and found.validation_loss is not None else None
+    if found.journal != journal or found.validation_loss is None:
+        return None
+    return Best(found.step, found.validation_loss)
 
 
 def _write_values(directory: Path, snapshot: Snapshot) -> None:

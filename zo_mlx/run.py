@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from . import adapter, journal
+from .adapter import Best
 from .blocks import BlockwiseModel
 from .config import TrainConfig, resolved
 from .data import Dataset, batch_order, load_dataset
@@ -27,14 +28,6 @@ from .progress import Progress
 from .step import make_loss, replay, step, tokens_that_fit
 
 Report = Callable[[dict[str, Any]], None]
-
-
-@dataclass(frozen=True)
-class Best:
-    """The validation with the lowest loss: after how many steps, and that loss."""
-
-    iteration: int
-    loss: float
 
 
 @dataclass
@@ -155,8 +148,7 @@ class Run:
         )
         self.done = len(past.records)
         best = adapter.read_best(self.directory, past.identity)
-        if best and best.validation_loss is not None and best.step <= self.done:
-            self.best = Best(best.step, best.validation_loss)
+        self.best = best if best and best.iteration <= self.done else None
 
     def examples(self, number: int) -> list[Any]:
         """The examples of step `number`, a function of (data, seed, number)."""

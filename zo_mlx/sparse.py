@@ -39,14 +39,12 @@ class SparseLinear(nn.Module):
         super().__init__()
         self.base = base
         weight = dequantized(base)
-        self._out, width = weight.shape
-        rows, columns = np.divmod(indices, width)
-        used, self._places = np.unique(columns, return_inverse=True)
-        self._rows = rows
+        self._out, self._width = weight.shape
+        self._indices, self._used = indices, np.unique(indices % self._width)
         # A leading underscore keeps these out of the module's parameters.
-        self._columns = mx.array(used.astype(np.uint32))
+        self._columns = mx.array(self._used.astype(np.uint32))
         self._base_values = weight.reshape(-1)[mx.array(indices)]
-        self._slots: dict[tuple[int, int], mx.array] = {}
+        self._slots: dict[tuple[int, int], tuple[slice, mx.array]] = {}
         self._values: mx.array | Callable[[], mx.array] | None = None
         self._difference: mx.array | None = None
         mx.eval(self._columns, self._base_values)
@@ -66,12 +64,8 @@ class SparseLinear(nn.Module):
 
     def _make_difference(self, values: mx.array, rows: slice, after: mx.array | None = None) -> mx.array:
         """Some rows of D for every branch, transposed: (P, |U|, rows). Not begun before `after` is made."""
-        height = rows.stop - rows.start
-        own = slice(*np.searchsorted(self._rows, (rows.start, rows.stop)).tolist())  # positions are in order of rows
-        if (slots := self._slots.get((rows.start, rows.stop))) is None:
-            flat = self._places[own] * height + self._rows[own] - rows.start
-            slots = self._slots[rows.start, rows.stop] = mx.array(flat.astype(np.uint32))
-        base = self._base_values[own]
+        own, slots = self._part(rows)
+        base, height = self._base_values[own], rows.stop - rows.start
         if after is not None:
             (base,) = mx.depends([base], [mx.stop_gradient(after)])
         zeros = mx.zeros((len(values), self._columns.size * height))
@@ -79,6 +73,16 @@ class SparseLinear(nn.Module):
         slots = mx.broadcast_to(slots, (len(values), slots.size))
         difference = mx.put_along_axis(zeros, slots, values[:, own] - base, axis=1)
         return difference.reshape(-1, self._columns.size, height)
+
+    def _part(self, rows: slice) -> tuple[slice, mx.array]:
+        """Which of the trainable weights lie in some rows, and their places in those rows of D; found once."""
+        if (found := self._slots.get((rows.start, rows.stop))) is None:
+            ends = rows.start * self._width, rows.stop * self._width
+            own = slice(*np.searchsorted(self._indices, ends).tolist())
+            row, column = np.divmod(self._indices[own].astype(np.int64), self._width)
+            place = np.searchsorted(self._used, column) * (rows.stop - rows.start) + row - rows.start
+            found = self._slots[rows.start, rows.stop] = own, mx.array(place.astype(np.uint32))
+        return found
 
     def __call__(self, x: mx.array) -> mx.array:
         """x: (P * B, ..., in) -> (P * B, ..., out); the rows of a branch are consecutive."""

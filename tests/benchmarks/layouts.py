@@ -4,7 +4,7 @@
 
 For one layer of each kind, the one whose sensitive weights have the median number of columns, and for the one with the
 most columns of all: milliseconds above the layer without its sparse part, median of the differences of neighbours, and
-the peak in MB above what was held before. `columns` is what `SparseLinear` does, some branches after the others.
+the peak in MB above what was held before. `columns` is what `SparseLinear` does, part by part of the product.
 
     added       the same with a product and a sum instead of `addmm`
     rows        D has only the rows that sensitive weights lie in; the product is added to those of y
@@ -18,7 +18,6 @@ import zo_mlx  # isort: skip  # noqa: F401  (first, so that MLX gets a fast BLAS
 import argparse
 import json
 import statistics
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from shapes import SHAPES, make_quantized_model
+from shapes import model_directory
 
 from zo_mlx import estimator
 from zo_mlx.index import SensitiveTensor, read_index
@@ -161,11 +160,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch, bounded_cache():
-        path = Path(args.model)
-        if args.model in SHAPES:
-            path = Path(scratch, args.model)
-            make_quantized_model(path, args.model)
+    with model_directory(args.model) as path, bounded_cache():
         found = run(path, args)
     print(f"{args.model}, {BRANCHES} branches, {args.rows} x {args.length} tokens, {mx.default_device()}")
     if args.json:

@@ -1,7 +1,9 @@
 """Models of well-known shapes with random weights, for benchmarks of time and memory."""
 
+import contextlib
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -69,6 +71,17 @@ def make_model(path: Path, shape: str) -> None:
         return {f"{name}.weight": mx.array(weight).astype(mx.bfloat16)}
 
     _write(path, shape, matrix)
+
+
+@contextlib.contextmanager
+def model_directory(name: str) -> Iterator[Path]:
+    """A directory of that name, or one with random 4-bit weights, for a while, if it is the name of a shape."""
+    if name not in SHAPES:
+        yield Path(name)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        make_quantized_model(Path(scratch, name), name)
+        yield Path(scratch, name)
 
 
 def make_quantized_model(path: Path, shape: str) -> None:

@@ -17,7 +17,6 @@ import zo_mlx  # isort: skip  # noqa: F401  (first, so that MLX gets a fast BLAS
 import argparse
 import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +25,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from baselines import Mezo, checkpointed, dense_model, lora_step
-from shapes import SHAPES, make_quantized_model
+from shapes import SHAPES, model_directory
 
 from zo_mlx.blocks import BlockwiseModel
 from zo_mlx.config import TrainConfig, resolved
@@ -168,11 +167,7 @@ def main() -> None:
     parser.add_argument("--num-layers", type=int, metavar="N", help="steps that train the last N blocks, too")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch, bounded_cache():
-        path = Path(args.model)
-        if args.model in SHAPES:
-            path = Path(scratch, args.model)
-            make_quantized_model(path, args.model)
+    with model_directory(args.model) as path, bounded_cache():
         found = run(path, args)
 
     weights = "dense float32 weights" if args.others else "quantized weights"
