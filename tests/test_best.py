@@ -3,13 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from test_resume import _interrupt_at
-from test_train import _train, _values
+from test_train import FAST, _train, _values
 
 import zo_mlx
 from zo_mlx.adapter import BEST
-from zo_mlx.errors import Interrupted
+from zo_mlx.errors import Interrupted, UsageError
 from zo_mlx.journal import Journal
 
 SETTINGS = {"iters": 16, "learning_rate": 1e-3, "seed": 2}
@@ -46,3 +47,22 @@ def test_patience_stops_a_run_that_gets_no_better(tiny: Path, choice_data: Path,
     assert _train(tiny, choice_data, tmp_path / "a", resume=True, iters=100).iterations == 8
     assert _train(tiny, choice_data, tmp_path / "a", resume=True, iters=100, patience=3).iterations == 12
     assert len(Journal.read(tmp_path / "a/journal").records) == 12
+
+
+def test_seeds_are_runs_of_their_own_with_mean_and_spread(tiny: Path, choice_data: Path, tmp_path: Path) -> None:
+    events: list[dict[str, Any]] = []
+    settings = {**FAST, "model": str(tiny), "data": str(choice_data), "adapter_path": str(tmp_path / "s"), "seed": 5}
+    result = zo_mlx.train_seeds(3, report=events.append, test=True, **settings)
+    assert [e["seed"] for e in events if e["event"] == "test"] == [5, 6, 7]
+    losses = []
+    for seed in (5, 6, 7):
+        alone = _train(tiny, choice_data, tmp_path / f"{seed}", seed=seed)
+        assert (_values(tmp_path / f"s/seed-{seed}") == _values(tmp_path / f"{seed}")).all()
+        assert alone.after is not None
+        losses.append(alone.after.loss)
+    assert result.spread["val"]["loss"] == pytest.approx((np.mean(losses), np.std(losses, ddof=1)))
+    assert set(result.spread) == {"val", "test"}
+    with pytest.raises(UsageError, match="already holds a run"):
+        zo_mlx.train_seeds(3, **settings)
+    again = zo_mlx.train_seeds(4, resume=True, **{**settings, "iters": 6})  # the fourth had not begun
+    assert [run.iterations for run in again.runs] == [6] * 4

@@ -65,14 +65,22 @@ def test_settings_out_of_range_are_named(settings: dict[str, object], problem: s
 
 @pytest.mark.parametrize(("batch", "directions", "used"), [(16, 8, 8), (4, 8, 4), (6, 4, 2), (7, 8, 1)])
 def test_directions_divide_the_batch(batch: int, directions: int, used: int) -> None:
-    config = TrainConfig(batch_size=batch, directions=directions)
+    config = TrainConfig(batch_size=batch, directions=directions, estimator="two-sided")
     config.check()
     assert config.directions == used
 
 
 @pytest.mark.parametrize(("batch", "directions"), [(16, 8), (4, 2), (2, 1), (1, 1), (7, 1), (9, 3), (30, 15)])
-def test_every_direction_gets_two_examples_and_the_rate_follows(batch: int, directions: int) -> None:
-    config = resolved(TrainConfig(batch_size=batch))
-    assert (config.directions, config.learning_rate) == (directions, 3e-5 * directions)
-    given = resolved(TrainConfig(batch_size=batch, directions=1, learning_rate=0.1))
-    assert (given.directions, given.learning_rate) == (1, 0.1)
+def test_every_direction_gets_two_examples_where_they_are_divided(batch: int, directions: int) -> None:
+    config = resolved(TrainConfig(batch_size=batch, estimator="two-sided"))
+    assert config.directions == directions
+    assert resolved(TrainConfig(batch_size=batch)).directions == 7
+    assert resolved(TrainConfig(batch_size=batch, directions=1)).directions == 1
+
+
+def test_without_a_rate_both_rate_and_epsilon_follow_the_slopes() -> None:
+    assert (resolved(TrainConfig()).lr_schedule, resolved(TrainConfig()).epsilon) == (None, "auto")
+    given = resolved(TrainConfig(learning_rate=0.1))
+    assert (given.lr_schedule, given.epsilon) == ({"name": "exponential_decay", "arguments": [0.1, 0.999]}, 1e-3)
+    scheduled = TrainConfig(lr_schedule={"name": "cosine_decay", "arguments": [0.1, 9]}, epsilon=0.5)
+    assert (resolved(scheduled).lr_schedule, resolved(scheduled).epsilon) == (scheduled.lr_schedule, 0.5)

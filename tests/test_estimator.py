@@ -2,6 +2,7 @@ import hashlib
 
 import mlx.core as mx
 import numpy as np
+import pytest
 
 from zo_mlx import estimator
 
@@ -32,26 +33,59 @@ def test_directions_never_change_between_versions() -> None:
 GOLDEN = "+-+-++-+++++++-+----++---++++++-"
 
 
-def test_spsa_on_a_quadratic_averages_to_the_gradient() -> None:
+@pytest.mark.parametrize("name", ["one-sided", "two-sided"])
+def test_estimates_on_a_quadratic_average_to_the_gradient(name: str) -> None:
     rng = np.random.default_rng(0)
     a = rng.normal(size=(6, 6))
     hessian, linear, at = a @ a.T, rng.normal(size=6), rng.normal(size=6)
     epsilon, count = 1e-2, 20000
 
+    method = estimator.ESTIMATORS[name]
     z = estimator.directions(0, 1, count, 6)
-    branches = np.array(estimator.two_sided(mx.array(at.astype(np.float32)), z, epsilon).part(0, 6), np.float64)
+    branches = np.array(method.branches(mx.array(at.astype(np.float32)), z, epsilon).part(0, 6), np.float64)
     losses = 0.5 * np.einsum("pi,ij,pj->p", branches, hessian, branches) + branches @ linear
-    projected = estimator.projected_gradients(mx.array(losses.astype(np.float32)), epsilon)
-    estimate = np.array(estimator.gradient_estimate(projected, z))
+    loss, slopes = method.slopes(mx.array(losses.astype(np.float32)), epsilon)
+    estimate = np.array(estimator.gradient_estimate(slopes, z))
 
     gradient = hessian @ at + linear
-    # Every coordinate has a standard error of at most |gradient| / sqrt(count).
-    assert np.abs(estimate - gradient).max() < 5 * np.linalg.norm(gradient) / np.sqrt(count)
+    # Every coordinate has a standard error of at most |gradient| / sqrt(count); one side adds half of epsilon z H z.
+    bias = 0.5 * epsilon * np.abs(hessian).sum() / np.sqrt(count) if name == "one-sided" else 0
+    assert np.abs(estimate - gradient).max() < 5 * (np.linalg.norm(gradient) / np.sqrt(count) + bias)
+    middle = 0.5 * at @ hessian @ at + linear @ at
+    assert loss.item() == pytest.approx(middle, abs=1e-3 if name == "one-sided" else 0.01)
 
 
-def test_branches_lie_epsilon_to_both_sides() -> None:
+def test_branches_lie_epsilon_to_both_sides_or_ahead() -> None:
     values, z = mx.array([1.0, 2.0]), mx.array([[1, -1], [-1, -1]], mx.int8)
-    branches = estimator.two_sided(values, z, 0.5)
+    branches = estimator.TwoSided().branches(values, z, 0.5)
     expected = np.array([[1.5, 1.5], [0.5, 2.5], [0.5, 1.5], [1.5, 2.5]])
     assert np.array_equal(np.array(branches.part(0, 2)), expected)
     assert np.array_equal(np.array(branches[1:3].part(1, 2)), expected[1:3, 1:])
+    ahead = estimator.OneSided().branches(values, z, 0.5)
+    assert np.array_equal(np.array(ahead.part(0, 2)), np.array([[1.0, 2.0], [1.5, 1.5], [0.5, 1.5]]))
+
+
+def test_two_sides_divide_the_examples_and_one_side_shares_them() -> None:
+    assert estimator.TwoSided().shares([1, 2, 3, 4], 2) == [[1, 3], [1, 3], [2, 4], [2, 4]]
+    assert estimator.OneSided().shares([1, 2, 3, 4], 2) == [[1, 2, 3, 4]] * 3
+
+
+def test_gaussian_directions_are_normal_and_scales_apply() -> None:
+    z = np.array(estimator.directions(3, 1, 4, 20_000, "gaussian"))
+    assert abs(z.mean()) < 0.02
+    assert abs(z.var() - 1) < 0.02
+    assert abs((z**4).mean() - 3) < 0.2
+    scale = mx.array(np.linspace(0, 2, 50).astype(np.float32))
+    signs = np.array(estimator.directions(3, 1, 4, 50))
+    assert np.array_equal(np.array(estimator.directions(3, 1, 4, 50, scale=scale)), signs * np.array(scale))
+
+
+def test_the_scale_is_a_power_of_the_scores() -> None:
+    scores = np.array([1e-8, 1e-6, 4e-6], np.float32)
+    assert estimator.fisher_scale(mx.array(scores), 0) is None
+    found = estimator.fisher_scale(mx.array(scores), 0.5)
+    assert found is not None
+    assert np.allclose(np.array(found), np.sqrt(scores / scores.mean()), rtol=1e-5)
+    safe = estimator.fisher_scale(mx.array(np.array([0.0, 1.0], np.float32)), -0.5)
+    assert safe is not None
+    assert np.isfinite(np.array(safe)).all()

@@ -11,7 +11,7 @@ from test_train import _train, _values
 from zo_mlx import objective
 from zo_mlx.config import TrainConfig, resolved
 from zo_mlx.data import Example, Target, load_dataset
-from zo_mlx.estimator import Branches, two_sided
+from zo_mlx.estimator import Branches, TwoSided
 from zo_mlx.head import Head, split_head
 from zo_mlx.journal import Journal
 from zo_mlx.memory import peak_of
@@ -50,17 +50,18 @@ def test_losses_in_parts_are_those_of_one_pass(
         passes.append(tokens.size)
         return whole.hidden(tokens, **cache)
 
-    shares = kind == "long choices"
-    head = Head(hidden, whole.logits, len(sparse.model.layers) if shares else None)
+    continues = kind == "long choices"
+    head = Head(hidden, whole.logits, len(sparse.model.layers) if continues else None)
     z = mx.random.normal((3, index.size), key=mx.random.key(0))
-    branches = two_sided(index.initial_values(), z, 0.1)
-    expected = make_loss(sparse, Head(whole.hidden, whole.logits))(branches, examples)
+    branches = TwoSided().branches(index.initial_values(), z, 0.1)
+    shares = TwoSided().shares(examples, 3)
+    expected = make_loss(sparse, Head(whole.hidden, whole.logits))(branches, shares)
     passes.clear()
-    got = make_loss(sparse, head, tokens_at_once=tokens_at_once)(branches, examples)
+    got = make_loss(sparse, head, tokens_at_once=tokens_at_once)(branches, shares)
     assert mx.allclose(got, expected, rtol=1e-5)
     assert len({round(x, 5) for x in expected.tolist()}) == 6, "the losses do not depend on the values"
-    calls = 2 if shares else 1
-    longest = max(layout([[e]], shares)[0] for e in examples)
+    calls = 2 if continues else 1
+    longest = max(layout([[e]], continues)[0] for e in examples)
     assert max(sum(passes[i : i + calls]) for i in range(0, len(passes), calls)) <= max(tokens_at_once, longest)
     assert len(passes) == {1: 24 * calls, 10_000: calls}.get(tokens_at_once, len(passes))
 
@@ -72,7 +73,7 @@ def test_a_step_of_a_real_model_stays_within_the_limit(smollm2: Path) -> None:
     rng = np.random.default_rng(0)
     rows = [rng.integers(0, 49_000, length).tolist() for length in (160, 256, 200, 256)]
     examples = [Example([row], [[Target(0, len(row) - 1, t)] for t in (5, 6)], 0, ("a", "b")) for row in rows]
-    config = resolved(TrainConfig(batch_size=4, directions=4))
+    config = resolved(TrainConfig(batch_size=4, directions=4, estimator="two-sided"))
 
     def peak(tokens_at_once: int | None, limit: int = 0) -> int:
         loss, optimizer = make_loss(sparse, head, tokens_at_once=tokens_at_once), Optimizer(config, values)
@@ -81,7 +82,7 @@ def test_a_step_of_a_real_model_stays_within_the_limit(smollm2: Path) -> None:
     unlimited, least = peak(None), peak(1)
     assert least < 0.95 * unlimited
     limit = (least + unlimited) // 2
-    fit, alone = tokens_that_fit(limit, sparse, head, values, examples[1], 4)
+    fit, alone = tokens_that_fit(limit, sparse, head, values, examples[1], config)
     assert 256 <= fit < 8 * 256
     assert peak(fit, limit) <= 1.01 * limit
     assert alone == pytest.approx(least, rel=0.1)
@@ -104,7 +105,7 @@ def test_branches_hold_no_values_of_their_own(tiny: Path) -> None:
     z = mx.ones((8, 100_000), mx.int8)
     mx.eval(values, z)
     before = mx.get_active_memory()
-    branches = two_sided(values, z, 1e-3)
+    branches = TwoSided().branches(values, z, 1e-3)
     peak = peak_of(lambda: [mx.eval(branches.part(i, i + 1000)) for i in range(0, 100_000, 1000)])
     assert peak - before < 16 * 4 * 100_000 / 10
     assert isinstance(branches[2:4], Branches)

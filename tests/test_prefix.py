@@ -14,7 +14,7 @@ from zo_mlx.blocks import BlockwiseModel
 from zo_mlx.config import TrainConfig
 from zo_mlx.data import Example, load_dataset
 from zo_mlx.errors import Interrupted, UsageError
-from zo_mlx.estimator import two_sided
+from zo_mlx.estimator import TwoSided
 from zo_mlx.head import split_head
 from zo_mlx.index import SensitiveIndex, SensitiveTensor, read_index
 from zo_mlx.journal import Journal
@@ -53,13 +53,13 @@ def test_losses_are_those_of_the_whole_model(
     head = split_head(sparse.model)
     sparse.train_last(blocks, index.initial_values())
     z = mx.random.normal((4, sparse.size), key=mx.random.key(0))
-    values = two_sided(mx.zeros(sparse.size), z, 0.1)
-    examples = _examples(spread, choice_data)
-    expected = make_loss(sparse, head)(values, examples)
+    values = TwoSided().branches(mx.zeros(sparse.size), z, 0.1)
+    shares = TwoSided().shares(_examples(spread, choice_data), 4)
+    expected = make_loss(sparse, head)(values, shares)
     prefix = Prefix(BlockwiseModel(sparse.model), sparse.first_block, cache_bytes)
     assert sparse.first_block == 3 - blocks
     for _ in range(2):
-        assert mx.allclose(make_loss(sparse, head, prefix)(values, examples), expected, rtol=1e-5)
+        assert mx.allclose(make_loss(sparse, head, prefix)(values, shares), expected, rtol=1e-5)
     assert len({round(x, 5) for x in expected.tolist()}) == 8, "the losses do not depend on the values"
 
 
@@ -81,13 +81,13 @@ def test_the_first_blocks_run_once_for_each_pair_of_branches_or_once_for_all(
 
     monkeypatch.setattr(kind, "__call__", spy)
     examples = _examples(spread, choice_data)
-    values = two_sided(mx.zeros(sparse.size), mx.ones((2, sparse.size), mx.int8), 0.1)
+    values = TwoSided().branches(mx.zeros(sparse.size), mx.ones((2, sparse.size), mx.int8), 0.1)
     head, blocks = split_head(sparse.model), BlockwiseModel(sparse.model)
     for cache_bytes, expected in ((None, (12, 24)), (1 << 30, (6, 24)), (0, (12, 24))):
         loss = make_loss(sparse, head, Prefix(blocks, 2, cache_bytes))
         rows.update({0: 0, 1: 0, 2: 0})
         for start in (0, 2, 0):
-            loss(values, examples[start : start + 4])
+            loss(values, TwoSided().shares(examples[start : start + 4], 2))
         assert (rows[0], rows[2]) == expected
         assert rows[1] == rows[0]
 

@@ -18,7 +18,10 @@ from zo_mlx.model import load_sparse
 from zo_mlx.run import Meter
 from zo_mlx.step import step
 
-FAST = {"iters": 6, "batch_size": 4, "directions": 2, "save_every": 3, "steps_per_eval": 4, "progress": False}
+FAST = {
+    "iters": 6, "batch_size": 4, "directions": 2, "estimator": "two-sided", "save_every": 3, "steps_per_eval": 4,
+    "progress": False,
+}  # fmt: skip
 
 
 def _train(tiny: Path, data: Path, out: Path, **changes: Any) -> zo_mlx.TrainResult:
@@ -161,9 +164,9 @@ def test_every_epoch_sees_every_example_once_in_another_order(
 ) -> None:
     seen: list[list[tuple[int, ...]]] = []
 
-    def spy(loss: Any, optimizer: Any, values: Any, state: Any, examples: Any, number: int, config: Any) -> Any:
+    def spy(loss: Any, optimizer: Any, values: Any, state: Any, examples: Any, *more: Any) -> Any:
         seen.append([tuple(e.rows[0]) for e in examples])
-        return step(loss, optimizer, values, state, examples, number, config)
+        return step(loss, optimizer, values, state, examples, *more)
 
     monkeypatch.setattr("zo_mlx.run.step", spy)
     _train(tiny, choice_data, tmp_path / "a", iters=10)

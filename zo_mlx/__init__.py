@@ -14,11 +14,13 @@ from .evaluate import Evaluation, evaluate
 from .generate import generate
 from .model import load
 from .run import TrainResult
+from .seeds import SeedsResult, train_seeds
 from .train import train
 
 __all__ = [
     "Conversion",
     "Evaluation",
+    "SeedsResult",
     "TrainConfig",
     "TrainResult",
     "UsageError",
@@ -28,4 +30,5 @@ __all__ = [
     "generate",
     "load",
     "train",
+    "train_seeds",
 ]

@@ -3,12 +3,13 @@
 import argparse
 import dataclasses
 import json
+import math
 import signal
 import sys
 from pathlib import Path
 from typing import Any, get_args
 
-from . import __version__, load
+from . import __version__, load, train_seeds
 from . import convert as convert_model
 from . import evaluate as evaluate_model
 from . import generate as generate_text
@@ -78,6 +79,12 @@ def _add_train(commands: Any) -> argparse.ArgumentParser:
     p.add_argument("-c", "--config", metavar="YAML", help="Settings file with mlx-lm's keys; flags take precedence.")
     p.add_argument("--resume", action="store_true", help="Go on with the run in the adapter directory.")
     p.add_argument("--overwrite", action="store_true", help="Replace the run in the adapter directory.")
+    p.add_argument(
+        "--seeds",
+        type=int,
+        metavar="N",
+        help="Train with N seeds, from --seed on, in ADAPTER_PATH/seed-*.",
+    )
     for f in dataclasses.fields(TrainConfig):
         flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
         if value_type(f) is bool:
@@ -85,12 +92,21 @@ def _add_train(commands: Any) -> argparse.ArgumentParser:
         elif value_type(f) is not dict:
             p.add_argument(
                 flag,
-                type=value_type(f),
+                type=_number_or(f.metadata["word"]) if "word" in f.metadata else value_type(f),
                 default=argparse.SUPPRESS,
                 choices=f.metadata.get("choices"),
                 help=text if f.default is None else f"{text} (default: {f.default})",
             )
     return p
+
+
+def _number_or(word: str) -> Any:
+    """An argument's type: a number, or a word in its place."""
+
+    def number(text: str) -> float | str:
+        return text if text == word else float(text)
+
+    return number
 
 
 def _add_evaluate(commands: Any) -> argparse.ArgumentParser:
@@ -154,6 +170,14 @@ def _train(args: argparse.Namespace) -> None:
     flags = {k: v for k, v in vars(args).items() if k in names and v is not None}
     settings = {**(read_yaml(Path(args.config)) if args.config else {}), **flags}
     report = _print_json if args.json else _print_event
+    if args.seeds is not None:
+        found = train_seeds(args.seeds, resume=args.resume, overwrite=args.overwrite, report=report, **settings)
+        if args.json:
+            _print_json({"event": "result", **found.as_dict()})
+        for name, numbers in ({} if args.json else found.spread).items():
+            spread = ", ".join(f"{key} {mean:.3f} ± {deviation:.3f}" for key, (mean, deviation) in numbers.items())
+            print(f"{name.capitalize()} over {args.seeds} seeds: {spread}")
+        return
     result = train_model(resume=args.resume, overwrite=args.overwrite, report=report, **settings)
     if args.json:
         _print_json({"event": "result", **result.as_dict()})
@@ -210,9 +234,19 @@ def _print_json(event: dict[str, Any]) -> None:
 def _print_event(event: dict[str, Any]) -> None:
     if event["event"] == "train":
         line = (
-            f"Iter {event['iteration']}: Train loss {event['train_loss']:.3f}, "
+            f"Iter {event['iteration']}: Train loss {event['train_loss'] or math.nan:.3f}, "
             f"Learning Rate {event['learning_rate']:.3e}, It/sec {event['iterations_per_second']:.3f}, "
             f"Tokens/sec {event['tokens_per_second']:.1f}, Peak mem {event['peak_memory']:.3f} GB"
+        )
+    elif event["event"] == "chosen":
+        line = (
+            f"Iter {event['iteration']}: Learning Rate {event['learning_rate']:.3e}, epsilon {event['epsilon']:.1e}: "
+            f"slopes along {event['directions']} directions have a root mean square of {event['slope']:.3g}"
+        )
+    elif event["event"] == "returned":
+        line = (
+            f"Iter {event['iteration']}: the loss rose too far: back to the values of step {event['step']}, "
+            f"learning rate halved {event['halvings']} times"
         )
     elif event["event"] == "warning":
         line = f"Warning: {event['message']}"

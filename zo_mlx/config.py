@@ -17,6 +17,7 @@ import yaml
 from mlx_lm.tuner.utils import build_schedule
 
 from .errors import UsageError
+from .estimator import ESTIMATORS, LAWS
 
 # Of `mlx.optimizers`; those made for matrices, like Muon, have nothing to work on in a vector of values.
 OPTIMIZERS = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "lion": "Lion"}
@@ -34,7 +35,7 @@ class TrainConfig:
     data: str = _setting("data", "Directory with {train, valid, test}.jsonl files.")
     adapter_path: str = _setting("adapters", "Directory for the result.")
     seed: int = _setting(0, "Decides data order and directions.", least=0)
-    batch_size: int = _setting(16, "Examples per step.", least=1)
+    batch_size: int = _setting(4, "Examples per step.", least=1)
     num_layers: int = _setting(-1, "Train the sensitive weights of this many last blocks, -1 for all.", least=-1)
     cache_prefix: float | None = _setting(
         None, "GB of the untrained first blocks' results to keep for later epochs.", least=0
@@ -46,8 +47,8 @@ class TrainConfig:
         None, "Tokens in a forward pass at most; default: a step's, or what fits the memory limit.", least=1
     )
     iters: int = _setting(1000, "Steps to train for.", least=0)
-    learning_rate: float | None = _setting(
-        None, "Initial learning rate, falls by 0.1% a step; default: 3e-5 times the directions.", least=0
+    learning_rate: float | str = _setting(
+        "auto", "Initial learning rate, falls by 0.1% a step; auto: from the slopes seen so far.", least=0, word="auto"
     )
     optimizer: str = _setting("sgd", "Optimizer of the trainable values.", choices=tuple(OPTIMIZERS))
     optimizer_config: dict[str, Any] | None = _setting(
@@ -56,9 +57,24 @@ class TrainConfig:
     lr_schedule: dict[str, Any] | None = _setting(
         None, "mlx-lm's lr_schedule block, in place of learning_rate (YAML only)."
     )
-    epsilon: float = _setting(1e-3, "How far the two branches of a direction lie from the values.", least=1e-8)
+    epsilon: float | str = _setting(
+        "auto",
+        "How far the two branches of a direction lie from the values; auto: from the slopes, as the learning rate is, "
+        "or 1e-3 if that is given.",
+        least=1e-8,
+        word="auto",
+    )
+    estimator: str = _setting(
+        "one-sided",
+        "one-sided: all directions see the batch and share its loss; two-sided: the batch is divided among them.",
+        choices=tuple(ESTIMATORS),
+    )
     directions: int | None = _setting(
-        None, "Directions per step, among which the batch is divided; default: half the batch.", least=1
+        None, "Directions per step; default: 7 if one-sided, half the batch if two-sided.", least=1
+    )
+    law: str = _setting("rademacher", "Law of the directions: +-1, or standard normal.", choices=LAWS)
+    precondition: float = _setting(
+        0.0, "Scale the directions by this power of the Fisher scores; 0 for none.", least=-1, most=1
     )
     val_batches: int = _setting(
         25, "Validation batches, -1 for the whole validation set, 0 for no validation.", least=-1
@@ -77,28 +93,31 @@ class TrainConfig:
     def check(self) -> None:
         """Raise UsageError for the first setting that is of the wrong type, or out of range.
 
-        Directions that do not divide the batch evenly are made fewer, so that any batch size works.
+        Directions of a two-sided estimator that do not divide the batch evenly are made fewer, so that any size works.
         """
         for f in dataclasses.fields(self):
             value: Any = getattr(self, f.name)
             kind: Any = value_type(f)
             least: float | None = f.metadata["least"]
-            if value is None and f.default is None:
+            if (value is None and f.default is None) or (value is not None and value == f.metadata.get("word")):
                 continue
             if kind is float and type(value) is int:
                 value = float(value)
                 setattr(self, f.name, value)
             if type(value) is not kind:
-                raise UsageError(f"{f.name} must be {kind.__name__}, not {value!r}")
+                word = f", or {f.metadata['word']}" if "word" in f.metadata else ""
+                raise UsageError(f"{f.name} must be {kind.__name__}{word}, not {value!r}")
             if kind is str and "\0" in value:
                 raise UsageError(f"{f.name} must not hold a null character")
             if least is not None:
-                check_range(f.name, value, least, sys.float_info.max if kind is float else _MOST)
+                check_range(
+                    f.name, value, least, f.metadata.get("most", sys.float_info.max if kind is float else _MOST)
+                )
             if (choices := f.metadata.get("choices")) and value not in choices:
                 raise UsageError(f"{f.name} must be one of {', '.join(choices)}, not {value}")
         if self.num_layers == 0:
             raise UsageError("num_layers must be at least 1, or -1 for all, not 0")
-        if self.directions is not None:
+        if self.directions is not None and self.estimator == "two-sided":
             self.directions = math.gcd(self.directions, self.batch_size)
         if self.lr_schedule is not None:
             try:
@@ -131,16 +150,19 @@ def check_range(name: str, value: float, least: float, most: float = _MOST) -> N
         raise UsageError(f"{name} must be at most {most}, not {value}")
 
 
-# The noise of random directions is averaged over them, so that the best rate grows with their number.
-RATE_PER_DIRECTION = 3e-5
-
 # Large steps pay while the loss is far from its floor; later the noise of random directions asks for smaller ones. A
 # geometric fall does not depend on the number of steps, so that a run can be made longer.
 RATE_FALL = 0.999
 
+# With the loss at the values, 8 branches: of each batch they cost a ninth more than infinitely many would.
+ONE_SIDED_DIRECTIONS = 7
+
+# Where the learning rate is given, epsilon is what the field uses with such rates (Malladi et al. 2023).
+GIVEN_EPSILON = 1e-3
+
 
 def value_type(field: dataclasses.Field[Any]) -> type:
-    """The type of a setting's values other than None."""
+    """The type of a setting's values other than None and a word."""
     kind: Any = field.type
     if isinstance(kind, types.UnionType):
         kind = next(t for t in typing.get_args(kind) if t is not type(None))
@@ -150,16 +172,18 @@ def value_type(field: dataclasses.Field[Any]) -> type:
 def resolved(config: TrainConfig) -> TrainConfig:
     """Fill in the settings whose defaults depend on others; `config` is checked.
 
-    As many directions as leave two examples to each: more directions average more of their noise away, but a share of
-    one example pulls towards that example's label. See docs/numbers.md.
+    Where the batch is divided, as many directions as leave two examples to each: more directions average more of their
+    noise away, but a share of one example pulls towards that example's label. See docs/numbers.md.
     """
     batch = config.batch_size
-    directions = config.directions or max(
-        q for q in range(1, batch + 1) if batch % q == 0 and (q == 1 or q <= batch / 2)
-    )
-    rate = RATE_PER_DIRECTION * directions if config.learning_rate is None else config.learning_rate
-    schedule = config.lr_schedule or {"name": "exponential_decay", "arguments": [rate, RATE_FALL]}
-    return dataclasses.replace(config, directions=directions, learning_rate=rate, lr_schedule=schedule)
+    halves = max(q for q in range(1, batch + 1) if batch % q == 0 and (q == 1 or q <= batch / 2))
+    directions = config.directions or (halves if config.estimator == "two-sided" else ONE_SIDED_DIRECTIONS)
+    config = dataclasses.replace(config, directions=directions)
+    if config.lr_schedule is None and config.learning_rate != "auto":
+        config.lr_schedule = {"name": "exponential_decay", "arguments": [config.learning_rate, RATE_FALL]}
+    if config.lr_schedule is not None and config.epsilon == "auto":
+        config.epsilon = GIVEN_EPSILON
+    return config
 
 
 # Settings that a resumed run may change: they do not alter the sequence of updates already made.

@@ -87,18 +87,19 @@ def evaluate(
     path = Path(data)
     path = path / "test.jsonl" if path.is_dir() else path
     dataset = load_dataset(path, tokenizer, max_seq_length, mask_prompt)
-    return evaluate_dataset(split_head(model, dataset.has_continuations), dataset, batch_size, num_batches, progress)
+    count = -1 if num_batches == -1 else num_batches * batch_size
+    return evaluate_dataset(split_head(model, dataset.has_continuations), dataset, batch_size, count, progress)
 
 
 def evaluate_dataset(
-    head: Head, dataset: Dataset, batch_size: int, num_batches: int = -1, progress: bool = True
+    head: Head, dataset: Dataset, batch_size: int, count: int = -1, progress: bool = True
 ) -> Evaluation:
-    """As `evaluate`, for a model split at its head and tokenized data."""
-    examples = dataset.examples if num_batches < 0 else dataset.examples[: batch_size * num_batches]
+    """As `evaluate`, for a model split at its head and the first `count` examples of tokenized data, -1 for all."""
+    examples = dataset.examples if count < 0 else dataset.examples[:count]
     # Batches of equal lengths have the least padding.
     examples = sorted(examples, key=lambda e: e.length)
     batches = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
-    total, count = 0.0, 0
+    total, counted = 0.0, 0
     predicted, right = [], []
     with Progress("Evaluating", len(batches), "batch", enabled=progress) as bar:
         for part in batches:
@@ -106,16 +107,16 @@ def evaluate_dataset(
             scored = scores(head, batch)[0]
             if batch.labels is None:
                 total -= float(scored.sum())
-                count += sum(len(e.targets[0]) for e in part)
+                counted += sum(len(e.targets[0]) for e in part)
             else:
                 total += float(example_losses(scored, batch.labels[0]).sum())
-                count += len(part)
+                counted += len(part)
                 winners: list[int] = scored.argmax(axis=-1).tolist()  # type: ignore[assignment]
                 predicted += [e.choices[w] for e, w in zip(part, winners, strict=True)]
                 right += [e.choices[e.label] for e in part if e.label is not None]
             mx.clear_cache()
             bar.advance()
-    loss = total / count
+    loss = total / counted
     if dataset.kind == "tokens":
         return Evaluation(
             len(examples), loss, perplexity=math.exp(min(loss, 700)), truncated=sum(e.truncated for e in examples)

@@ -1,5 +1,6 @@
 """The update rule of a run: one of `mlx.optimizers`, as a pure function."""
 
+import math
 from typing import Any
 
 import mlx.core as mx
@@ -8,17 +9,24 @@ from mlx.utils import tree_map
 from mlx_lm.tuner.utils import build_schedule
 
 from .config import OPTIMIZERS, TrainConfig
+from .control import MEASURED, MOST_HALVINGS, Control
+from .estimator import gradient_estimate
+from .journal import Record
 
 State = dict[str, Any]
 
+# These divide by the size of the gradient, and their learning rates are what values move by.
+SCALE_FREE = {"adam", "adamw", "lion"}
+
 
 class Optimizer:
-    """Values, state and gradient estimate in; new values and state out.
+    """Values, state, and a step's record and directions in; new values and state out.
 
     The rule sees how far the values are from where they began. So weight decay draws them back there, not to zero.
 
     Args:
-        config: resolved; optimizer, its arguments and the schedule of learning rates are read.
+        config: resolved; optimizer, its arguments, epsilon and the schedule of learning rates are read. Without a
+            schedule, `Control` chooses the rates.
         origin: (K,) float32, the values before the first step.
 
     Attributes:
@@ -26,18 +34,65 @@ class Optimizer:
     """
 
     def __init__(self, config: TrainConfig, origin: mx.array):
-        assert config.lr_schedule is not None, "the settings are not resolved"
         kind = getattr(optim, OPTIMIZERS[config.optimizer])
         arguments = (config.optimizer_config or {}).get(config.optimizer, {})
-        self._rule: optim.Optimizer = kind(build_schedule(config.lr_schedule), **arguments)
-        self._origin = origin
+        schedule = None if config.lr_schedule is None else build_schedule(config.lr_schedule)
+        self._rule: optim.Optimizer = kind(schedule or 0.0, **arguments)
         self._rule.init({"values": origin})
-        self.state: State = self._rule.state
+        self._origin = origin
+        self._control = Control(origin) if schedule is None else None
+        self._scale_free = config.optimizer in SCALE_FREE
+        # Momentum adds gradients up: a rate without it is this many times as large.
+        self._share = 1.0 if self._scale_free else 1 - arguments.get("momentum", 0.0)
+        self._epsilon = config.epsilon
+        self.state: State = {"rule": self._rule.state}
+        if self._control:
+            self.state["control"] = self._control.state
 
-    def apply(self, values: mx.array, state: State, gradient: mx.array) -> tuple[mx.array, State]:
-        """One update. Of (K,) values and gradient; `state` is left as it is."""
-        self._rule.state = tree_map(lambda leaf: leaf, state)
+    def learning_rate(self, state: State) -> float:
+        """Of the last step."""
+        return float(state["rule"]["learning_rate"].item())
+
+    def epsilon(self, state: State) -> float:
+        """How far the next step's branches are to lie from the values."""
+        return float(state["control"]["epsilon"].item()) if self._epsilon == "auto" else float(self._epsilon)
+
+    def can_go_on(self, state: State) -> bool:
+        """Whether a step whose losses are not finite is no reason to stop: it led back to earlier values."""
+        return self._control is not None and state["control"]["halvings"].item() <= MOST_HALVINGS
+
+    def news(self, before: State, after: State) -> dict[str, Any] | None:
+        """What a step decided for the steps to come, for the log: as an event, or None."""
+        if self._control is None:
+            return None
+        old, new = before["control"], after["control"]
+        if new["halvings"].item() > old["halvings"].item():
+            return {"event": "returned", "step": new["good_step"].item(), "halvings": new["halvings"].item()}
+        if old["seen"].item() < MEASURED <= new["seen"].item():
+            return {
+                "event": "chosen",
+                "learning_rate": self.learning_rate(after),
+                "epsilon": self.epsilon(after),
+                "slope": math.sqrt(new["mean_square"].item()),
+                "directions": new["seen"].item(),
+            }
+        return None
+
+    def apply(self, values: mx.array, state: State, record: Record, z: mx.array) -> tuple[mx.array, State]:
+        """One update of (K,) values; z are the record's directions, (q, K). `state` is left as it is."""
+        slopes, new = record.projected, {}
+        self._rule.state = tree_map(lambda leaf: leaf, state["rule"])
+        if self._control:
+            slopes, control = self._control.observe(state["control"], record)
+            rate = self._control.learning_rate(control, record, self._scale_free)
+            self._rule.state["learning_rate"] = mx.array(self._share * rate)
+        gradient = gradient_estimate(mx.array(slopes), z)
         moved = self._rule.apply_gradients({"values": gradient}, {"values": values - self._origin})["values"]
-        new = self._origin + moved
-        mx.eval(new, self._rule.state)
-        return new, self._rule.state
+        values = self._origin + moved
+        if self._control:
+            values, new["control"], back = self._control.settle(control, record, values)
+            if back:  # what was gathered on the way to an explosion is of no use
+                self._rule.state = tree_map(lambda leaf: leaf, self.state["rule"])
+        new["rule"] = self._rule.state
+        mx.eval(values, new)
+        return values, new

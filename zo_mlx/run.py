@@ -16,6 +16,7 @@ from .blocks import BlockwiseModel
 from .config import TrainConfig, resolved
 from .data import Dataset, batch_order, load_dataset
 from .errors import Interrupted, UsageError, ZoError
+from .estimator import fisher_scale
 from .evaluate import Evaluation, evaluate_dataset
 from .files import reporting_disk_errors, sha256
 from .head import split_head
@@ -25,7 +26,7 @@ from .objective import layout
 from .optimizer import Optimizer
 from .prefix import Prefix
 from .progress import Progress
-from .step import make_loss, replay, step, tokens_that_fit
+from .step import make_loss, replay, rows_of_step, step, tokens_that_fit
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -101,10 +102,12 @@ class Run:
         if config.memory_limit is not None and config.tokens_at_once is None:
             longest = max(self.train_set.examples, key=lambda e: e.length)
             limit = int(config.memory_limit * 1e9)
-            fit, least = tokens_that_fit(limit, self.sparse, self.head, self.values, longest, config.batch_size)
+            fit, least = tokens_that_fit(limit, self.sparse, self.head, self.values, longest, config)
             if least > limit:
                 self.warn(f"--memory-limit: the longest example alone takes {least / 1e9:.3f} GB")
             config.tokens_at_once = fit
+        scores = np.concatenate([tensor.scores for tensor in index.tensors.values()])
+        self.scale = fisher_scale(mx.array(scores)[self.trained], config.precondition)
         self.optimizer = Optimizer(config, self.values)
         self.state = self.optimizer.state
         self.done = 0
@@ -144,7 +147,7 @@ class Run:
             if state is not None and snapshot.values.shape == self.all_values.shape:
                 self.values, self.state, self.done = snapshot.values[self.trained], state, snapshot.step
         self.values, self.state = replay(
-            self.optimizer, self.values, self.state, past.records[self.done :], self.config
+            self.optimizer, self.values, self.state, past.records[self.done :], self.config, self.scale
         )
         self.done = len(past.records)
         best = adapter.read_best(self.directory, past.identity)
@@ -171,12 +174,12 @@ class Run:
 
     def evaluate(self, dataset: Dataset, batches: int) -> Evaluation:
         self.sparse.set_values(self.values[None])
-        size, tokens = self.config.batch_size, self.config.tokens_at_once
+        size, tokens = rows_of_step(self.config), self.config.tokens_at_once
         if tokens is not None:
             longest = max(layout([[e]], self.head.continues)[0] for e in dataset.examples)
             size = max(1, min(size, tokens // longest))
-            batches = batches if batches == -1 else -(-batches * self.config.batch_size // size)
-        return evaluate_dataset(self.head, dataset, size, batches, self.progress)
+        count = -1 if batches == -1 else batches * self.config.batch_size
+        return evaluate_dataset(self.head, dataset, size, count, self.progress)
 
     def validate(self) -> Evaluation | None:
         """Evaluate on the validation set, and keep the values if they are the best so far."""
@@ -223,20 +226,23 @@ class Run:
                     started = time.perf_counter()
                     examples = self.examples(number)
                     values, state, record = step(
-                        loss, self.optimizer, self.values, self.state, examples, number, config
+                        loss, self.optimizer, self.values, self.state, examples, number, config, self.scale
                     )
-                    losses_finite = math.isfinite(record.loss) and np.isfinite(record.projected).all()
-                    if not (losses_finite and mx.isfinite(values).all()):
+                    finite = math.isfinite(record.loss) and np.isfinite(record.projected).all()
+                    if not (mx.isfinite(values).all() and (finite or self.optimizer.can_go_on(state))):
                         raise ZoError(
                             f"the loss is not finite at step {number}: stopped; the state after step {self.done} "
                             f"is kept in {self.directory}. Try a smaller --learning-rate"
                         )
                     self.journal.append(record)
+                    news = self.optimizer.news(self.state, state)
                     self.values, self.state, self.done = values, state, number
+                    if news:
+                        self.report({**news, "iteration": number})
                     meter.add(time.perf_counter() - started, record.loss, examples)
                     bar.advance()
                     if number % config.steps_per_report == 0 or number == config.iters:
-                        rate = self.state["learning_rate"].item()
+                        rate = self.optimizer.learning_rate(self.state)
                         self.report({"event": "train", "iteration": number, "learning_rate": rate, **meter.take()})
                     if number % config.save_every == 0:
                         self.save()
@@ -270,18 +276,19 @@ class Meter:
 
     def add(self, seconds: float, loss: float, examples: list[Any]) -> None:
         self._seconds.append(seconds)
-        self._losses.append(loss)
+        if math.isfinite(loss):
+            self._losses.append(loss)
         rows = [len(row) for e in examples for row in e.rows]
         self._tokens += sum(rows)
         self._padded += len(rows) * max(rows)
 
-    def take(self) -> dict[str, float]:
+    def take(self) -> dict[str, float | None]:
         """The averages since the last call, under mlx-lm's names; and the share of padding in what was computed."""
         seconds = sum(self._seconds[self._reported :])
-        self.last_loss = sum(self._losses) / len(self._losses)
+        self.last_loss = sum(self._losses) / len(self._losses) if self._losses else None
         result = {
             "train_loss": self.last_loss,
-            "iterations_per_second": len(self._losses) / seconds,
+            "iterations_per_second": (len(self._seconds) - self._reported) / seconds,
             "tokens_per_second": self._tokens / seconds,
             "padding": 1 - self._tokens / self._padded,
             "peak_memory": mx.get_peak_memory() / 1e9,

@@ -1,7 +1,7 @@
 """One training step: a function of values, optimizer state, examples, step number and settings."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -17,10 +17,10 @@ from .optimizer import Optimizer, State
 from .prefix import Prefix
 from .sparse import SparseModel
 
-Loss = Callable[[estimator.Branches, Sequence[Example]], mx.array]
 
-
-def make_loss(sparse: SparseModel, head: Head, prefix: Prefix | None = None, tokens_at_once: int | None = None) -> Loss:
+def make_loss(
+    sparse: SparseModel, head: Head, prefix: Prefix | None = None, tokens_at_once: int | None = None
+) -> estimator.Loss:
     """The losses of the branches of a step.
 
     Args:
@@ -29,18 +29,15 @@ def make_loss(sparse: SparseModel, head: Head, prefix: Prefix | None = None, tok
             before a branch's examples do. At least one example is in a pass. None is no limit.
 
     Returns:
-        A function of 2q branches and the step's examples to (2q,) losses. The examples are dealt out to the q
-        directions, so that each gets its share of every label; the two branches of a direction see the same ones.
+        A function of P branches, and of the examples that each is evaluated on, to (P,) losses.
     """
 
     continues = head.continues and prefix is None
 
-    def loss(branches: estimator.Branches, examples: Sequence[Example]) -> mx.array:
-        q = len(branches) // 2
-        shares = [examples[d::q] for d in range(q) for _ in range(2)]
+    def loss(branches: estimator.Branches, shares: Sequence[Sequence[Example]]) -> mx.array:
         size = len(shares[0])
-        by_tokens = sum(len(e.targets[0]) for e in examples) / q
-        count = size if examples[0].label is not None else by_tokens
+        by_tokens = sum(len(e.targets[0]) for share in shares for e in share) / len(shares)
+        count = size if shares[0][0].label is not None else by_tokens
         at_once, examples_at_once = (len(branches) if sparse.stackable else 1), size
         if tokens_at_once is not None:
             fit = tokens_at_once / layout(shares, continues)[0]
@@ -62,8 +59,15 @@ def make_loss(sparse: SparseModel, head: Head, prefix: Prefix | None = None, tok
     return loss
 
 
+def rows_of_step(config: TrainConfig) -> int:
+    """How many examples a step evaluates, each branch's counted."""
+    assert config.directions is not None, "the settings are not resolved"
+    shares = estimator.ESTIMATORS[config.estimator].shares(range(config.batch_size), config.directions)
+    return sum(map(len, shares))
+
+
 def tokens_that_fit(
-    limit: int, sparse: SparseModel, head: Head, values: mx.array, longest: Example, batch_size: int
+    limit: int, sparse: SparseModel, head: Head, values: mx.array, longest: Example, config: TrainConfig
 ) -> tuple[int, int]:
     """How many tokens a forward pass may have within a limit in bytes, weights included: measured.
 
@@ -74,72 +78,81 @@ def tokens_that_fit(
     Args:
         values: (K,) that are trained.
         longest: the example with the longest row.
-        batch_size: examples of a step.
+        config: resolved; estimator, directions and batch size are read.
 
     Returns:
         Tokens, which may be fewer than an example's; and the bytes that a pass takes with an example at a time.
     """
+    assert config.directions is not None, "the settings are not resolved"
+    method = estimator.ESTIMATORS[config.estimator]
+    z = mx.ones((config.directions, values.size), mx.int8)
+    branches = method.branches(values, z, 1e-3)
+    size = len(method.shares([longest] * config.batch_size, config.directions)[0])
 
-    def peak(size: int, tokens_at_once: int | None = None) -> int:
+    def peak(rows: int, tokens_at_once: int | None = None) -> int:
         loss = make_loss(sparse, head, tokens_at_once=tokens_at_once)
-        z = mx.ones((size if sparse.stackable else 1, values.size), mx.int8)
-        return peak_of(lambda: mx.eval(loss(estimator.two_sided(values, z, 1e-3), [longest] * size)))
+        count = min(rows, len(branches)) if sparse.stackable else 1
+        shares = [[longest] * -(-rows // count)] * count
+        return peak_of(lambda: mx.eval(loss(branches[:count], shares)))
 
+    most = size * (len(branches) if sparse.stackable else 1)
     aim, row = with_margin(limit), layout([[longest]], head.continues)[0]
     fit, taken = row, (alone := peak(1, tokens_at_once=1))
     if alone > aim:
         return 1, alone
-    for size in [*(2**i for i in range(batch_size.bit_length())), batch_size]:
-        tokens = row * size * (2 if sparse.stackable else 1)
-        if tokens > fit:
-            if (more := peak(size)) > aim:
-                return int(fit + (tokens - fit) * (aim - taken) / (more - taken)), alone
-            fit, taken = tokens, more
+    for rows in [*(2**i for i in range(1, most.bit_length())), most]:
+        if row * rows > fit:
+            if (more := peak(rows)) > aim:
+                return int(fit + (row * rows - fit) * (aim - taken) / (more - taken)), alone
+            fit, taken = row * rows, more
     return fit, alone
 
 
 def step(
-    loss: Loss,
+    loss: estimator.Loss,
     optimizer: Optimizer,
     values: mx.array,
     state: State,
     examples: Sequence[Example],
     number: int,
     config: TrainConfig,
+    scale: mx.array | None = None,
 ) -> tuple[mx.array, State, Record]:
-    """One step: q directions, 2q branches in one forward pass, one update.
+    """One step: q directions, their branches in one forward pass, one update.
 
     Args:
         loss: from `make_loss`.
         optimizer: gives the update rule.
         values: (K,) float32.
         state: the optimizer's.
-        examples: B of them, a multiple of q.
+        examples: B of them; a multiple of q where the estimator divides them among the directions.
         number: of the step, from 1.
-        config: seed, epsilon and directions are read.
+        config: resolved; seed, estimator, directions and their law are read.
+        scale: (K,) of the directions.
 
     Returns:
-        The new values and state, and the record from which `update` gives them again.
+        The new values and state, and the record from which `replay` gives them again.
     """
     assert config.directions is not None, "the settings are not resolved"
-    z = estimator.directions(config.seed, number, config.directions, values.size)
+    z = estimator.directions(config.seed, number, config.directions, values.size, config.law, scale)
     mx.eval(z)  # every layer reads its part of them
-    losses = loss(estimator.two_sided(values, z, config.epsilon), examples)
-    projected = estimator.projected_gradients(losses, config.epsilon)
-    record = Record(number, losses.mean().item(), np.array(projected))  # type: ignore[arg-type]
-    return *update(optimizer, values, state, record, z), record
-
-
-def update(optimizer: Optimizer, values: mx.array, state: State, record: Record, z: mx.array) -> tuple[mx.array, State]:
-    """Apply a step's record: the part of a step that a replay repeats. z: (q, K), from `estimator.directions`."""
-    return optimizer.apply(values, state, estimator.gradient_estimate(mx.array(record.projected), z))
+    method, epsilon = estimator.ESTIMATORS[config.estimator], optimizer.epsilon(state)
+    losses = loss(method.branches(values, z, epsilon), method.shares(examples, len(z)))
+    mean, slopes = method.slopes(losses, epsilon)
+    record = Record(number, mean.item(), np.array(slopes))  # type: ignore[arg-type]
+    return *optimizer.apply(values, state, record, z), record
 
 
 def replay(
-    optimizer: Optimizer, values: mx.array, state: State, records: Sequence[Record], config: TrainConfig
+    optimizer: Optimizer,
+    values: mx.array,
+    state: State,
+    records: Sequence[Record],
+    config: TrainConfig,
+    scale: mx.array | None = None,
 ) -> tuple[mx.array, State]:
     """Repeat the updates of some consecutive steps from their records alone."""
     for record in records:
-        z = estimator.directions(config.seed, record.step, len(record.projected), values.size)
-        values, state = update(optimizer, values, state, record, z)
+        z = estimator.directions(config.seed, record.step, len(record.projected), values.size, config.law, scale)
+        values, state = optimizer.apply(values, state, record, z)
     return values, state

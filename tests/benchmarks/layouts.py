@@ -139,7 +139,7 @@ def run(path: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     for columns, name in chosen:
         layer, tensor = modules[name], tensors[name]
         z = estimator.directions(0, 1, BRANCHES // 2, tensor.size)
-        branches = estimator.two_sided(mx.array(tensor.values), z, 1e-3)
+        branches = estimator.TwoSided().branches(mx.array(tensor.values), z, 1e-3)
         values = branches.part(0, tensor.size)
         x = mx.random.normal((args.rows, args.length, layer.base.scales.shape[-1] * layer.base.group_size))
         mx.eval(values, x)

@@ -35,11 +35,11 @@ def train_one_step(path: Path, rows: int, length: int, memory_limit: float | Non
     mx.eval(sparse.model.parameters(), values)
     weights = mx.get_active_memory()
     examples = examples_of(rows, length, config["vocab_size"])
+    settings = resolved(TrainConfig(batch_size=rows, estimator="two-sided"))
     fit = limit = None
     if memory_limit is not None:
         limit = int(memory_limit * 1e9)
-        fit = tokens_that_fit(limit, sparse, head, values, examples[0], rows)[0]
-    settings = resolved(TrainConfig(batch_size=rows))
+        fit = tokens_that_fit(limit, sparse, head, values, examples[0], settings)[0]
     loss, optimizer = make_loss(sparse, head, tokens_at_once=fit), Optimizer(settings, values)
     started = time.perf_counter()
     with held_below(limit):

@@ -52,8 +52,8 @@ def measure(path: Path) -> list[dict[str, Any]]:
             sparse.set_values(values[None])
             evaluating = peak_of(lambda e=examples: mx.eval(scores(head, collate([e]))))  # type: ignore[misc]
             limit = int(1.1 * evaluating)
-            fit, _ = tokens_that_fit(limit, sparse, head, values, examples[0], rows)
-            settings = resolved(TrainConfig(batch_size=rows))
+            settings = resolved(TrainConfig(batch_size=rows, estimator="two-sided"))
+            fit, _ = tokens_that_fit(limit, sparse, head, values, examples[0], settings)
             loss, optimizer = make_loss(sparse, head, tokens_at_once=fit), Optimizer(settings, values)
             training = peak_of(
                 lambda e=examples, o=optimizer, f=loss, s=settings: mx.eval(  # type: ignore[misc]

@@ -27,6 +27,7 @@ import numpy as np
 from baselines import Mezo, checkpointed, dense_model, lora_step
 from shapes import SHAPES, model_directory
 
+from zo_mlx import estimator
 from zo_mlx.blocks import BlockwiseModel
 from zo_mlx.config import TrainConfig, resolved
 from zo_mlx.data import Dataset, Example, Target, batch_order, load_dataset
@@ -38,7 +39,7 @@ from zo_mlx.objective import collate, scores
 from zo_mlx.optimizer import Optimizer
 from zo_mlx.prefix import Prefix
 from zo_mlx.sparse import SparseModel
-from zo_mlx.step import Loss, make_loss, step
+from zo_mlx.step import make_loss, step
 
 Arms = dict[str, Callable[[list[Any], int], object]]
 
@@ -58,7 +59,7 @@ def own_arms(sparse: SparseModel, config: TrainConfig, values: mx.array, tokens_
     head = split_head(sparse.model)
     optimizer = Optimizer(config, values)
 
-    def whole(loss: Loss) -> Callable[[list[Any], int], object]:
+    def whole(loss: estimator.Loss) -> Callable[[list[Any], int], object]:
         return lambda examples, n: step(loss, optimizer, values, optimizer.state, examples, n + 1, config)
 
     def base(run: Callable[[list[Any]], object]) -> Callable[[list[Any], int], object]:
@@ -129,7 +130,7 @@ def run(path: Path, args: argparse.Namespace) -> dict[str, Any]:
     examples = random_examples(dataset, config["vocab_size"]) if args.model in SHAPES else dataset.examples
     if args.others:
         sparse = SparseModel(dense_model(path), index)
-    settings = resolved(TrainConfig(batch_size=args.batch_size, directions=args.directions))
+    settings = resolved(TrainConfig(batch_size=args.batch_size, directions=args.directions, estimator="two-sided"))
     arms = own_arms(sparse, settings, index.initial_values(), args.tokens_at_once)
     if args.others:
         arms = {name: arm for name, arm in arms.items() if name != "full"} | other_arms(path)

@@ -1,0 +1,186 @@
+"""Loss and accuracy against forward passes: our defaults, the paper's recipe, other estimators, masks and LoRA.
+
+    python tests/benchmarks/convergence.py --data DIR [--tasks sst2,trec] [--arms default,spsa-2e-4] [--seeds 0,1]
+        [--rows 9600] [--results FILE] [--plot FILE]
+
+DIR holds a directory of JSON lines for each task. The budget is rows of the batch that went forward (LoRA's count
+three times, for the backward pass), so that arms compare: SPSA with batches of 16 takes 32 a step, 600 passes of its
+batch are 9600. Validation is at 1/9, 1/3, 2/3 and all of the budget, on the first `--valid` examples. Results go to a
+file of JSON lines, one for each arm, task and seed; what is there is not run again. An arm with `mask` or `density`
+needs the model converted so, which is done once, in `--work`.
+"""
+
+import zo_mlx  # isort: skip  # noqa: F401  (first, so that MLX gets a fast BLAS)
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from baselines import dense_model, lora_step
+from matplotlib.figure import Figure
+
+from zo_mlx.config import resolved
+from zo_mlx.data import batch_order, load_dataset
+from zo_mlx.evaluate import evaluate_dataset
+from zo_mlx.head import split_head
+from zo_mlx.memory import bounded_cache
+from zo_mlx.model import load_sparse
+from zo_mlx.step import rows_of_step
+
+Points = list[dict[str, Any]]
+
+SPSA: dict[str, Any] = {"estimator": "two-sided", "directions": 1, "batch_size": 16, "epsilon": 1e-3}
+
+
+def _constant(rate: float) -> dict[str, Any]:
+    return {"lr_schedule": {"name": "exponential_decay", "arguments": [rate, 1.0]}}
+
+
+# Settings of `zo_mlx.train`, and `mask`, `density` and `scope` of `zo_mlx.convert`.
+ARMS: dict[str, dict[str, Any]] = {
+    "default": {},
+    **{f"spsa-{rate:g}": {**SPSA, **_constant(rate)} for rate in (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 4e-4, 8e-4)},
+    "two-sided": {"estimator": "two-sided", "batch_size": 16},
+    "two-sided-1": {"estimator": "two-sided", "batch_size": 16, "directions": 1},
+    "batch-2": {"batch_size": 2, "directions": 15},
+    "batch-8": {"batch_size": 8, "directions": 3},
+    "adam": {"optimizer": "adam"},
+    "lion": {"optimizer": "lion"},
+    "momentum": {"optimizer_config": {"sgd": {"momentum": 0.9}}},
+    "random": {"mask": "random"},
+    "largest": {"mask": "largest"},
+    "smallest": {"mask": "smallest"},
+    "all": {"mask": "all"},
+    "density-1e-4": {"density": 1e-4},
+    "density-1e-2": {"density": 1e-2},
+    "tensor": {"scope": "tensor"},
+    "lora": {"batch_size": 16},
+}
+CONVERSION = ("mask", "density", "scope")
+PARTS = (1 / 9, 1 / 3, 2 / 3, 1)
+
+
+def model_for(arm: dict[str, Any], args: argparse.Namespace) -> Path:
+    """The converted model that an arm trains; converted if it is not there yet."""
+    settings = {k: v for k, v in arm.items() if k in CONVERSION}
+    if not settings:
+        return Path(args.model)
+    path = Path(args.work) / "-".join(f"{k}-{v}" for k, v in settings.items())
+    if not path.exists():
+        zo_mlx.convert(args.hf_path, str(path), **settings)
+    return path
+
+
+def zo_run(path: Path, settings: dict[str, Any], data: Path, args: argparse.Namespace, seed: int) -> Points:
+    """Validations of a training run."""
+    config = resolved(zo_mlx.TrainConfig(**settings))
+    rows = rows_of_step(config)
+    points: Points = []
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as work:
+        for part in PARTS:
+            steps = round(part * args.rows / rows)
+            result = zo_mlx.train(
+                model=str(path), data=str(data), adapter_path=work, seed=seed, iters=steps, resume=bool(points),
+                steps_per_eval=10**9, val_batches=-(-args.valid // config.batch_size), **settings,
+            )  # fmt: skip
+            if not points:
+                points.append({"rows": 0, "seconds": 0.0, **_numbers(result.before)})
+            points.append({"rows": steps * rows, "seconds": time.perf_counter() - started, **_numbers(result.after)})
+    return points
+
+
+def lora_run(path: Path, settings: dict[str, Any], data: Path, args: argparse.Namespace, seed: int) -> Points:
+    """The same of mlx-lm's LoRA step, on the base model's weights."""
+    _, tokenizer, _, _ = load_sparse(path)
+    train_set, valid_set = (load_dataset(data / f"{s}.jsonl", tokenizer, 2048) for s in ("train", "valid"))
+    valid_set.examples = valid_set.examples[: args.valid]
+    model, size = dense_model(path), settings["batch_size"]
+    lora, head = lora_step(model), split_head(model)
+    points, rows, started = [], 0, time.perf_counter()
+    for part in (0, *PARTS):
+        while rows < part * args.rows:
+            epoch, position = divmod(rows // (3 * size), len(train_set) // size)
+            order = batch_order(train_set.examples, size, seed, epoch)
+            lora([train_set.examples[i] for i in order[position]])
+            rows += 3 * size
+        numbers = _numbers(evaluate_dataset(head, valid_set, 16, progress=False))
+        points.append({"rows": rows, "seconds": time.perf_counter() - started, **numbers})
+    return points
+
+
+def _numbers(evaluation: Any) -> dict[str, float]:
+    return {"loss": evaluation.loss, "accuracy": evaluation.accuracy}
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def table(results: list[dict[str, Any]]) -> None:
+    """Medians over seeds, for each task and arm."""
+    print(f"{'task':8}{'arm':16}{'seeds':>6}   rows: loss, accuracy")
+    for task, arm in sorted({(r["task"], r["arm"]) for r in results}):
+        own = [r["points"] for r in results if (r["task"], r["arm"]) == (task, arm)]
+        cells = [
+            f"{points[0]['rows']}: {statistics.median(p['loss'] for p in points):.3f}, "
+            f"{statistics.median(p['accuracy'] for p in points):.1%}"
+            for points in zip(*own, strict=True)
+        ]
+        print(f"{task:8}{arm:16}{len(own):6}   {'   '.join(cells)}")
+
+
+def draw(results: list[dict[str, Any]], path: Path) -> None:
+    """Validation loss against rows, one panel for each task."""
+    tasks = sorted({r["task"] for r in results})
+    figure = Figure(figsize=(4 * len(tasks), 3.6), layout="constrained")
+    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        for arm in sorted({r["arm"] for r in results if r["task"] == task}):
+            own = [r["points"] for r in results if (r["task"], r["arm"]) == (task, arm)]
+            median = [statistics.median(p["loss"] for p in points) for points in zip(*own, strict=True)]
+            axes.plot([p["rows"] for p in own[0]], median, marker="o", label=arm)
+        axes.set_title(task)
+        axes.set_xlabel("rows forward")
+    figure.axes[0].set_ylabel("validation loss, nats")
+    figure.axes[0].legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="demo/model", help="as `zo-mlx convert` makes it by default")
+    parser.add_argument("--hf-path", help="what to convert for arms with another mask, density or scope")
+    parser.add_argument("--data", required=True, metavar="DIR")
+    parser.add_argument("--tasks", default="sst2,trec,cb,rte")
+    parser.add_argument("--arms", default="default,spsa-5e-05,spsa-0.0001,spsa-0.0002,two-sided,lora")
+    parser.add_argument("--seeds", default="0,1")
+    parser.add_argument("--rows", type=int, default=9600)
+    parser.add_argument("--valid", type=int, default=200)
+    parser.add_argument("--work", default="convergence", metavar="DIR", help="where models are converted to")
+    parser.add_argument("--results", default="convergence.jsonl", metavar="FILE")
+    parser.add_argument("--plot", metavar="FILE")
+    args = parser.parse_args()
+    path = Path(args.results)
+    for seed in map(int, args.seeds.split(",")):
+        for task in args.tasks.split(","):
+            for name in args.arms.split(","):
+                if any((r["task"], r["arm"], r["seed"]) == (task, name, seed) for r in read(path)):
+                    continue
+                settings = {k: v for k, v in ARMS[name].items() if k not in CONVERSION}
+                run = lora_run if name == "lora" else zo_run
+                with bounded_cache():
+                    points = run(model_for(ARMS[name], args), settings, Path(args.data) / task, args, seed)
+                with path.open("a") as f:
+                    f.write(json.dumps({"task": task, "arm": name, "seed": seed, "points": points}) + "\n")
+                table(read(path)[-1:])
+    table(read(path))
+    if args.plot:
+        draw(read(path), Path(args.plot))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""The automatic learning rate, against its formula in numpy, and what keeps a run with it sane."""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from zo_mlx import control
+from zo_mlx.config import TrainConfig, resolved
+from zo_mlx.estimator import Branches, directions
+from zo_mlx.journal import Record
+from zo_mlx.optimizer import Optimizer, State
+from zo_mlx.step import replay, step
+
+SIZE = 20
+
+
+def _optimizer(**settings: object) -> Optimizer:
+    config = resolved(TrainConfig(**{"directions": 4, **settings}))  # type: ignore[arg-type]
+    return Optimizer(config, mx.zeros(SIZE))
+
+
+def _go(
+    optimizer: Optimizer, records: Sequence[Record], values: mx.array, state: State
+) -> list[tuple[mx.array, State]]:
+    """Values and state after each of some records."""
+    after = []
+    for record in records:
+        z = directions(0, record.step, len(record.projected), SIZE)
+        values, state = optimizer.apply(values, state, record, z)
+        after.append((values, state))
+    return after
+
+
+def _records(slopes: np.ndarray, loss: float = 1.0, first: int = 1) -> list[Record]:
+    return [Record(first + i, loss, s.astype(np.float32)) for i, s in enumerate(slopes)]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "arguments"), [("sgd", {}), ("sgd", {"momentum": 0.9}), ("adam", {}), ("lion", {})]
+)
+def test_the_rate_follows_the_slopes(optimizer: str, arguments: dict[str, float]) -> None:
+    rng = np.random.default_rng(0)
+    slopes = rng.normal(size=(10, 4)) * 30
+    update = _optimizer(optimizer=optimizer, optimizer_config={optimizer: arguments})
+    after = _go(update, _records(slopes), mx.zeros(SIZE), update.state)
+    for n, (values, state) in enumerate(after, 1):
+        square = np.mean(slopes[:n] ** 2)
+        expected = 0.008 * 4 / square if optimizer == "sgd" else 0.008 * math.sqrt(4 / square)
+        expected *= 0.999 ** (n - 1) * (1 - arguments.get("momentum", 0.0))
+        if n < 4:  # fewer than 16 directions
+            assert update.learning_rate(state) == 0
+            assert (np.array(values) == 0).all()
+            assert update.epsilon(state) == pytest.approx(1e-3)
+        else:
+            assert update.learning_rate(state) == pytest.approx(expected, rel=1e-5)
+            assert (np.array(values) != 0).any()
+            assert update.epsilon(state) == pytest.approx(0.02 / np.sqrt(np.mean(slopes[:4] ** 2)))
+    chosen = [update.news(a, b) for a, b in pairwise([update.state, *(s for _, s in after)])]
+    assert [e and e["event"] for e in chosen] == [None, None, None, "chosen", *[None] * 6]
+
+
+def test_a_step_does_not_depend_on_the_scale_of_the_weights() -> None:
+    """Weights a hundred times as large have slopes a hundredth; they move a hundred times as far."""
+    slopes = np.random.default_rng(1).normal(size=(12, 4)) * 30
+    for name in ("sgd", "adam", "lion"):
+        update = _optimizer(optimizer=name)
+        small = _go(update, _records(slopes), mx.zeros(SIZE), update.state)[-1][0]
+        large = _go(update, _records(slopes / 100), mx.zeros(SIZE), update.state)[-1][0]
+        assert np.allclose(np.array(large), 100 * np.array(small), rtol=1e-3), name
+
+
+def test_an_outlier_counts_for_five_times_the_usual_slope() -> None:
+    slopes = np.ones((6, 4))
+    slopes[4, 0], slopes[5, 1] = -1000, np.nan
+    update = _optimizer()
+    after = _go(update, _records(slopes[:5]), mx.zeros(SIZE), update.state)
+    clipped = np.array([-5, 1, 1, 1])
+    rate = 0.008 * 4 / ((16 + np.sum(clipped**2)) / 20) * 0.999**4
+    z = np.array(directions(0, 5, 4, SIZE), np.float64)
+    moved = np.array(after[4][0]) - np.array(after[3][0])
+    assert np.allclose(moved, -rate * clipped @ z / 4, atol=1e-7)
+
+
+@pytest.mark.parametrize("bad", ["rising", "nan"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_after_an_explosion_the_run_goes_on_from_the_best_window_at_half_the_rate(optimizer: str, bad: str) -> None:
+    rng = np.random.default_rng(2)
+    update = _optimizer(optimizer=optimizer)
+    good = _records(rng.normal(size=(30, 4)))
+    last = _records(rng.normal(size=(20, 4)), loss=1.5 if bad == "rising" else math.nan, first=31)
+    after = _go(update, [*good, *last], mx.zeros(SIZE), update.state)
+    news = [update.news(a, b) for (_, a), (_, b) in pairwise(after)]
+    at = 50 if bad == "rising" else 31  # the first window ends with step 25, the second with step 50
+    assert news[at - 2] == {"event": "returned", "step": 25, "halvings": 1}
+    assert [e for e in news[4 : at - 2] if e] == []
+    assert mx.array_equal(after[at - 1][0], after[24][0])
+    assert not mx.array_equal(after[at - 2][0], after[24][0])
+    before, then = (update.learning_rate(after[i][1]) for i in (28, -1))
+    halvings = after[-1][1]["control"]["halvings"].item()
+    if bad == "rising":
+        following = _go(update, _records(rng.normal(size=(1, 4)), first=51), *after[-1])[0][1]
+        assert update.learning_rate(following) == pytest.approx(before / 2, rel=0.3)
+    else:
+        assert halvings == 20
+        assert not update.can_go_on(after[-1][1])
+        assert update.can_go_on(after[31][1])
+    assert then >= 0
+
+
+def test_noisy_losses_are_no_explosion() -> None:
+    rng = np.random.default_rng(3)
+    update = _optimizer()
+    records = [Record(n, float(rng.exponential(0.6)), rng.normal(size=4).astype(np.float32)) for n in range(1, 1001)]
+    after = _go(update, records, mx.zeros(SIZE), update.state)
+    assert after[-1][1]["control"]["halvings"].item() == 0
+
+
+def test_a_run_that_exploded_is_replayed_bit_by_bit() -> None:
+    """Replaying the records of a run whose loss rose for a while gives its values, going back included."""
+    calls = 0
+
+    def loss(branches: Branches, shares: Sequence[Sequence[object]]) -> mx.array:
+        nonlocal calls
+        calls += 1
+        return branches.part(0, SIZE).sum(axis=1) + (100 if 60 < calls < 130 else 1)
+
+    config = resolved(TrainConfig(directions=4))
+    update = Optimizer(config, mx.zeros(SIZE))
+    values, state, records = mx.zeros(SIZE), update.state, []
+    for number in range(1, 301):
+        values, state, record = step(loss, update, values, state, [object()] * 4, number, config)  # type: ignore[list-item]
+        records.append(record)
+    assert state["control"]["halvings"].item() > 0
+    replayed, state_then = replay(update, mx.zeros(SIZE), update.state, records, config)
+    assert mx.array_equal(replayed, values)
+    assert state_then["control"]["halvings"].item() == state["control"]["halvings"].item()
+
+
+def test_slopes_that_are_all_zero_move_nothing() -> None:
+    update = _optimizer()
+    values, state = _go(update, _records(np.zeros((8, 4))), mx.zeros(SIZE), update.state)[-1]
+    assert (np.array(values) == 0).all()
+    assert math.isfinite(update.epsilon(state))
+    assert control.MEASURED == 16

@@ -1,0 +1,110 @@
+"""The learning rate and epsilon that nobody has to guess, and what keeps a run with them sane.
+
+Everything here is a function of the step records alone, so that a replay of the journal repeats it bit by bit.
+
+Where slopes come from few examples, their mean square is noise for the most part, and by the information equality the
+curvature is proportional to it as well. The rate that gains most in a step of q directions, q |g|^2 / (E[s^2] tr H), is
+then proportional to q / E[s^2], whatever the task and the scale of the weights. docs/numbers.md has the measurements.
+"""
+
+import math
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from .config import RATE_FALL
+from .journal import Record
+
+State = dict[str, Any]
+
+# The learning rate of SGD is this many nats, times the directions, over the mean square of the slopes so far.
+NATS = 0.008
+# Values stay where they are until this many directions have been measured: the mean of fewer squares is no guide.
+MEASURED = 16
+# Until then branches lie this far from the values; from then on so far that a slope makes this difference in nats.
+FIRST_EPSILON, DIFFERENCE = 1e-3, 0.02
+# Slopes count for at most this many times the root of the mean square of those before.
+OUTLIER = 5.0
+# Losses are averaged over this many steps. An average above the lowest one by a quarter of it, and by this many
+# standard errors, is an explosion.
+WINDOW, ERRORS = 25, 8.0
+# Halved this often, a rate does not move anything any more.
+MOST_HALVINGS = 10
+
+
+class Control:
+    """Learning rate and epsilon from the slopes seen so far, outliers clipped, the way back after an explosion.
+
+    Args:
+        values: (K,) float32, before the first step.
+
+    Attributes:
+        state: before the first step. `good` holds values to go back to, `good_step` when they were reached.
+    """
+
+    def __init__(self, values: mx.array):
+        self.state: State = {
+            "seen": mx.array(0),
+            "mean_square": mx.array(0.0),
+            "epsilon": mx.array(FIRST_EPSILON),
+            "halvings": mx.array(0),
+            "window": mx.zeros(3),  # of losses: how many, their sum, and the sum of their squares
+            "lowest": mx.array([float(np.finfo(np.float32).max), 0.0]),  # of the windows: mean, and its variance
+            "good": values,
+            "good_step": mx.array(0),
+        }
+
+    def observe(self, state: State, record: Record) -> tuple[np.ndarray, State]:
+        """Take a step's slopes in: (q,) float32 slopes, clipped, and the new state."""
+        slopes, seen, square = record.projected, int(state["seen"].item()), state["mean_square"].item()
+        if seen >= MEASURED:
+            limit = np.float32(OUTLIER * math.sqrt(square))
+            slopes = np.clip(slopes, -limit, limit)
+        if not np.isfinite(slopes).all():
+            return np.zeros_like(slopes), state
+        count = seen + len(slopes)
+        square += (float(np.mean(np.square(slopes, dtype=np.float64))) - square) * len(slopes) / count
+        new = {**state, "seen": mx.array(count), "mean_square": mx.array(square)}
+        if seen < MEASURED <= count and square > 0:
+            new["epsilon"] = mx.array(DIFFERENCE / math.sqrt(square))
+        return slopes, new
+
+    def learning_rate(self, state: State, record: Record, scale_free: bool) -> float:
+        """Of a step whose record was observed.
+
+        Args:
+            scale_free: whether the optimizer divides by the size of the gradient (Adam, Lion), which is the root of
+                the mean square over q.
+        """
+        square = state["mean_square"].item()
+        if state["seen"].item() < MEASURED or square == 0:
+            return 0.0
+        rate = NATS * len(record.projected) / square
+        if scale_free:
+            rate *= math.sqrt(square / len(record.projected))
+        return rate * RATE_FALL ** (record.step - 1) * 0.5 ** state["halvings"].item()
+
+    def settle(self, state: State, record: Record, values: mx.array) -> tuple[mx.array, State, bool]:
+        """Judge the losses, at the end of a step and of a window: the values to go on with, and whether to go back.
+
+        Args:
+            values: (K,) after the step.
+        """
+        if not (math.isfinite(record.loss) and np.isfinite(record.projected).all()):
+            return self._back(state)
+        count, total, squares = (state["window"] + mx.array([1.0, record.loss, record.loss**2])).tolist()  # type: ignore[misc]
+        if count < WINDOW:
+            return values, {**state, "window": mx.array([count, total, squares])}, False
+        mean = total / count
+        variance = max(0.0, squares / count - mean * mean)
+        lowest, variance_then = state["lowest"].tolist()
+        if mean > lowest + max(abs(lowest) / 4, ERRORS * math.sqrt(variance_then / WINDOW)):
+            return self._back(state)
+        new = {**state, "window": mx.zeros(3)}
+        if mean < lowest:
+            new |= {"lowest": mx.array([mean, variance]), "good": values, "good_step": mx.array(record.step)}
+        return values, new, False
+
+    def _back(self, state: State) -> tuple[mx.array, State, bool]:
+        return state["good"], {**state, "halvings": state["halvings"] + 1, "window": mx.zeros(3)}, True

@@ -1,0 +1,61 @@
+"""Several runs that differ in their seed only, and the mean and spread of their results."""
+
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import adapter
+from .config import TrainConfig, check_range
+from .run import Report, TrainResult
+from .train import train
+
+
+@dataclass
+class SeedsResult:
+    """The runs, in the order of their seeds.
+
+    Attributes:
+        spread: for the validation (`val`) and `test` after training, where there was one: mean and sample standard
+            deviation over the runs of `loss`, and of `accuracy` or `perplexity`.
+    """
+
+    runs: list[TrainResult]
+    spread: dict[str, dict[str, tuple[float, float]]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The result as JSON-ready data."""
+        return {"runs": [run.as_dict() for run in self.runs], "spread": self.spread}
+
+
+def train_seeds(seeds: int, *, resume: bool = False, report: Report | None = None, **settings: Any) -> SeedsResult:
+    """`train` with as many seeds, from `seed` on; each run has a directory of its own in `adapter_path`, `seed-N`.
+
+    Args:
+        seeds: at least 2.
+        resume: go on with the runs that were begun, and begin the others.
+        report: as for `train`; events have a `seed`.
+        **settings: as for `train`, `overwrite` and `progress` included.
+
+    Raises:
+        As `train`.
+    """
+    check_range("--seeds", seeds, 2)
+    directory = Path(settings.get("adapter_path", TrainConfig.adapter_path))
+    first = settings.get("seed", TrainConfig.seed)
+    runs = []
+    for seed in range(first, first + seeds):
+        own = {**settings, "seed": seed, "adapter_path": str(directory / f"seed-{seed}")}
+        tell = None if report is None else lambda event, seed=seed: report({**event, "seed": seed})  # type: ignore[misc]
+        begun = adapter.has_run(directory / f"seed-{seed}")
+        runs.append(train(resume=resume and begun, report=tell, **own))
+    spread = {}
+    for name, found in (("val", [r.after for r in runs]), ("test", [r.test for r in runs])):
+        if all(found):
+            results = [evaluation.as_dict() for evaluation in found if evaluation]
+            spread[name] = {
+                key: (statistics.mean(values), statistics.stdev(values))
+                for key in ("loss", "accuracy", "perplexity")
+                if len(values := [r[key] for r in results if key in r]) == seeds
+            }
+    return SeedsResult(runs, spread)
