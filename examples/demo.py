@@ -48,7 +48,7 @@ def main() -> None:
         before = run(f"zo-mlx evaluate --model {MODEL} --data {DATA}")[-1]
         BEFORE.write_text(json.dumps(before))
     command = f"zo-mlx train --model {MODEL} --data {DATA} --adapter-path {ADAPTER}"
-    command += " --iters 45 --learning-rate 4e-4 --val-batches 0"  # a larger rate than the default's for a short run
+    command += " --iters 60 --val-batches 0"
     trained = run(command + (" --resume" if (ADAPTER / "journal").exists() else ""))[-1]
     after = run(f"zo-mlx evaluate --model {MODEL} --adapter-path {ADAPTER} --data {DATA}")[-1]
     before = json.loads(BEFORE.read_text())

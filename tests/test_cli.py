@@ -7,6 +7,7 @@ import pytest
 from conftest import write_jsonl
 
 import zo_mlx
+from zo_mlx import cli
 from zo_mlx.cli import main
 
 TRAIN = ["--iters", "2", "--batch-size", "4", "--directions", "2"]
@@ -155,3 +156,21 @@ def test_help_shows_defaults_where_there_are_any(capsys: pytest.CaptureFixture[s
         text = capsys.readouterr().out
         assert "(default: None)" not in text
         assert "(default: False)" not in text
+
+
+def test_what_a_run_decides_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    event = {"event": "chosen", "iteration": 3, "learning_rate": 2e-4, "epsilon": 1e-3, "slope": 16.6, "directions": 21}
+    cli._print_event(event)
+    cli._print_event({"event": "returned", "iteration": 75, "step": 50, "halvings": 2})
+    lines = capsys.readouterr().out.splitlines()
+    assert "Iter 3: Learning Rate 2.000e-04, epsilon 1.0e-03: slopes along 21 directions" in lines[0]
+    assert lines[1] == "Iter 75: the loss rose too far: back to the values of step 50, learning rate halved 2 times"
+
+
+@pytest.mark.parametrize("value", ["auto", "1e-4"])
+def test_a_rate_is_a_number_or_auto(value: str) -> None:
+    args = cli.build_parser().parse_args(["train", "--learning-rate", value, "--epsilon", value])
+    expected = "auto" if value == "auto" else 1e-4
+    assert (args.learning_rate, args.epsilon) == (expected, expected)
+    with pytest.raises(SystemExit):
+        cli.build_parser().parse_args(["train", "--learning-rate", "fast"])

@@ -49,8 +49,8 @@ def test_the_rate_follows_the_slopes(optimizer: str, arguments: dict[str, float]
     after = _go(update, _records(slopes), mx.zeros(SIZE), update.state)
     for n, (values, state) in enumerate(after, 1):
         square = np.mean(slopes[:n] ** 2)
-        expected = 0.008 * 4 / square if optimizer == "sgd" else 0.008 * math.sqrt(4 / square)
-        expected *= 0.999 ** (n - 1) * (1 - arguments.get("momentum", 0.0))
+        expected = 0.02 * 4 / square if optimizer == "sgd" else 0.02 * math.sqrt(4 / square)
+        expected *= 100 / (99 + n) * (1 - arguments.get("momentum", 0.0))
         if n < 4:  # fewer than 16 directions
             assert update.learning_rate(state) == 0
             assert (np.array(values) == 0).all()
@@ -79,7 +79,7 @@ def test_an_outlier_counts_for_five_times_the_usual_slope() -> None:
     update = _optimizer()
     after = _go(update, _records(slopes[:5]), mx.zeros(SIZE), update.state)
     clipped = np.array([-5, 1, 1, 1])
-    rate = 0.008 * 4 / ((16 + np.sum(clipped**2)) / 20) * 0.999**4
+    rate = 0.02 * 4 / ((16 + np.sum(clipped**2)) / 20) / 1.04
     z = np.array(directions(0, 5, 4, SIZE), np.float64)
     moved = np.array(after[4][0]) - np.array(after[3][0])
     assert np.allclose(moved, -rate * clipped @ z / 4, atol=1e-7)

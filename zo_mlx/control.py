@@ -13,13 +13,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .config import RATE_FALL
 from .journal import Record
 
 State = dict[str, Any]
 
-# The learning rate of SGD is this many nats, times the directions, over the mean square of the slopes so far.
-NATS = 0.008
+# The learning rate of SGD is this many nats, times the directions, over the mean square of the slopes so far. It falls
+# as 1 / (1 + step / SLOWING): the gradient falls faster than its noise, and so does the rate that gains most.
+NATS, SLOWING = 0.02, 100
 # Values stay where they are until this many directions have been measured: the mean of fewer squares is no guide.
 MEASURED = 16
 # Until then branches lie this far from the values; from then on so far that a slope makes this difference in nats.
@@ -83,7 +83,7 @@ class Control:
         rate = NATS * len(record.projected) / square
         if scale_free:
             rate *= math.sqrt(square / len(record.projected))
-        return rate * RATE_FALL ** (record.step - 1) * 0.5 ** state["halvings"].item()
+        return rate / (1 + (record.step - 1) / SLOWING) * 0.5 ** state["halvings"].item()
 
     def settle(self, state: State, record: Record, values: mx.array) -> tuple[mx.array, State, bool]:
         """Judge the losses, at the end of a step and of a window: the values to go on with, and whether to go back.
