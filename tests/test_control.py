@@ -146,3 +146,5 @@ def test_slopes_that_are_all_zero_move_nothing() -> None:
     assert (np.array(values) == 0).all()
     assert math.isfinite(update.epsilon(state))
     assert control.MEASURED == 16
+    later = _go(update, _records(np.ones((1, 4)), first=9), values, state)[0][0]
+    assert (np.array(later) != 0).any(), "it never gets going"

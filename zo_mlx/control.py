@@ -58,7 +58,7 @@ class Control:
     def observe(self, state: State, record: Record) -> tuple[np.ndarray, State]:
         """Take a step's slopes in: (q,) float32 slopes, clipped, and the new state."""
         slopes, seen, square = record.projected, int(state["seen"].item()), state["mean_square"].item()
-        if seen >= MEASURED:
+        if seen >= MEASURED and square > 0:
             limit = np.float32(OUTLIER * math.sqrt(square))
             slopes = np.clip(slopes, -limit, limit)
         if not np.isfinite(slopes).all():
