@@ -233,8 +233,9 @@ def _print_json(event: dict[str, Any]) -> None:
 
 def _print_event(event: dict[str, Any]) -> None:
     if event["event"] == "train":
+        loss = math.nan if event["train_loss"] is None else event["train_loss"]  # none of the losses was finite
         line = (
-            f"Iter {event['iteration']}: Train loss {event['train_loss'] or math.nan:.3f}, "
+            f"Iter {event['iteration']}: Train loss {loss:.3f}, "
             f"Learning Rate {event['learning_rate']:.3e}, It/sec {event['iterations_per_second']:.3f}, "
             f"Tokens/sec {event['tokens_per_second']:.1f}, Peak mem {event['peak_memory']:.3f} GB"
         )
@@ -259,7 +260,7 @@ def _print_event(event: dict[str, Any]) -> None:
             line += f", {name} accuracy {event['accuracy']:.1%}, macro-F1 {event['macro_f1']:.3f}"
         else:
             line += f", {name} ppl {event['perplexity']:.3f}"
-    print_line(line)
+    print_line(f"Seed {event['seed']}: {line}" if "seed" in event else line)
 
 
 def main(argv: list[str] | None = None) -> int:
