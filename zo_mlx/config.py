@@ -59,7 +59,7 @@ class TrainConfig:
     )
     epsilon: float | str = _setting(
         "auto",
-        "How far the two branches of a direction lie from the values; auto: from the slopes, as the learning rate is, "
+        "How far branches lie from the values along their direction; auto: from the slopes, as the learning rate is, "
         "or 1e-3 if that is given.",
         least=1e-8,
         word="auto",
@@ -154,7 +154,7 @@ def check_range(name: str, value: float, least: float, most: float = _MOST) -> N
 # geometric fall does not depend on the number of steps, so that a run can be made longer.
 RATE_FALL = 0.999
 
-# With the loss at the values, 8 branches: of each batch they cost a ninth more than infinitely many would.
+# With the loss at the values, 8 branches: a direction costs a seventh more than one of infinitely many would.
 ONE_SIDED_DIRECTIONS = 7
 
 # Where the learning rate is given, epsilon is what the field uses with such rates (Malladi et al. 2023).

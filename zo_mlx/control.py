@@ -33,6 +33,11 @@ WINDOW, ERRORS = 25, 8.0
 MOST_HALVINGS = 10
 
 
+def sgd_rate(square: float, directions: int, step: int, nats: float = NATS) -> float:
+    """SGD's learning rate in a step (from 1), from the mean square of the slopes."""
+    return nats * directions / square / (1 + (step - 1) / SLOWING)
+
+
 class Control:
     """Learning rate and epsilon from the slopes seen so far, outliers clipped, the way back after an explosion.
 
@@ -80,10 +85,10 @@ class Control:
         square = state["mean_square"].item()
         if state["seen"].item() < MEASURED or square == 0:
             return 0.0
-        rate = NATS * len(record.projected) / square
+        rate = sgd_rate(square, len(record.projected), record.step)
         if scale_free:
             rate *= math.sqrt(square / len(record.projected))
-        return rate / (1 + (record.step - 1) / SLOWING) * 0.5 ** state["halvings"].item()
+        return rate * 0.5 ** state["halvings"].item()
 
     def settle(self, state: State, record: Record, values: mx.array) -> tuple[mx.array, State, bool]:
         """Judge the losses, at the end of a step and of a window: the values to go on with, and whether to go back.
@@ -91,7 +96,7 @@ class Control:
         Args:
             values: (K,) after the step.
         """
-        if not (math.isfinite(record.loss) and np.isfinite(record.projected).all()):
+        if not record.is_finite:
             return self._back(state)
         count, total, squares = (state["window"] + mx.array([1.0, record.loss, record.loss**2])).tolist()  # type: ignore[misc]
         if count < WINDOW:

@@ -1,6 +1,7 @@
 """The journal: an append-only file that, with the base model, *is* the fine-tuned model. Format: docs/formats.md."""
 
 import json
+import math
 import os
 import struct
 import zlib
@@ -27,11 +28,16 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Record:
-    """One step: its number (from 1), the mean loss of its branches, and its projected gradients, (q,) float32."""
+    """One step: its number (from 1), its loss, and its projected gradients, (q,) float32."""
 
     step: int
     loss: float
     projected: np.ndarray
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether loss and projected gradients all are."""
+        return math.isfinite(self.loss) and bool(np.isfinite(self.projected).all())
 
 
 class Journal:

@@ -228,8 +228,7 @@ class Run:
                     values, state, record = step(
                         loss, self.optimizer, self.values, self.state, examples, number, config, self.scale
                     )
-                    finite = math.isfinite(record.loss) and np.isfinite(record.projected).all()
-                    if not (mx.isfinite(values).all() and (finite or self.optimizer.can_go_on(state))):
+                    if not (mx.isfinite(values).all() and (record.is_finite or self.optimizer.can_go_on(state))):
                         raise ZoError(
                             f"the loss is not finite at step {number}: stopped; the state after step {self.done} "
                             f"is kept in {self.directory}. Try a smaller --learning-rate"

@@ -1,6 +1,6 @@
 """Loss and accuracy against forward passes: our defaults, the paper's recipe, other estimators, masks and LoRA.
 
-    python tests/benchmarks/convergence.py --data DIR [--tasks sst2,trec] [--arms default,spsa-2e-4] [--seeds 0,1]
+    python tests/benchmarks/convergence.py --data DIR [--tasks sst2,trec] [--arms default,spsa-0.0002] [--seeds 0,1]
         [--rows 9600] [--results FILE] [--plot FILE]
 
 DIR holds a directory of JSON lines for each task. The budget is rows of the batch that went forward (LoRA's count
@@ -164,6 +164,10 @@ def main() -> None:
     parser.add_argument("--results", default="convergence.jsonl", metavar="FILE")
     parser.add_argument("--plot", metavar="FILE")
     args = parser.parse_args()
+    if unknown := set(args.arms.split(",")) - ARMS.keys():
+        parser.error(f"no such arms: {', '.join(sorted(unknown))}; there are {', '.join(ARMS)}")
+    if not args.hf_path and any(key in ARMS[name] for name in args.arms.split(",") for key in CONVERSION):
+        parser.error("some of the arms need --hf-path, a model to convert")
     path = Path(args.results)
     for seed in map(int, args.seeds.split(",")):
         for task in args.tasks.split(","):

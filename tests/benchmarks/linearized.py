@@ -22,7 +22,7 @@ import mlx.core as mx
 import numpy as np
 
 from zo_mlx.config import RATE_FALL
-from zo_mlx.control import MEASURED, SLOWING
+from zo_mlx.control import MEASURED, sgd_rate
 from zo_mlx.data import Example, batch_order, load_dataset
 from zo_mlx.head import split_head
 from zo_mlx.memory import bounded_cache
@@ -138,7 +138,7 @@ def run(task: Linear, root: np.ndarray, examples: list[Example], arm: Arm, rows:
         if arm.nats is None:
             rate = arm.rate * RATE_FALL ** (step - 1)
         else:
-            rate = arm.nats * arm.q / square / (1 + (step - 1) / SLOWING) * (seen >= MEASURED)
+            rate = sgd_rate(square, arm.q, step, arm.nats) if seen >= MEASURED else 0.0
         scores -= rate * np.tensordot(slopes, moved, 1) / arm.q
         used += arm.rows
         if used >= moments[0]:
