@@ -15,7 +15,7 @@ from zo_mlx.errors import UsageError, ZoError
 from zo_mlx.index import FILE_NAME, read_index
 from zo_mlx.journal import Journal
 from zo_mlx.model import load_sparse
-from zo_mlx.run import Meter
+from zo_mlx.progress import Meter
 from zo_mlx.step import step
 
 FAST = {

@@ -21,6 +21,7 @@ from .convert.quantize import MODES, QUANT_RECIPES
 from .convert.select import Scope
 from .errors import UsageError, ZoError
 from .info import as_text, info
+from .metric import CROSS_ENTROPY
 from .plot import plot
 from .progress import print_line
 
@@ -117,6 +118,12 @@ def _add_evaluate(commands: Any) -> argparse.ArgumentParser:
     p.add_argument("--test-batches", type=int, default=-1, help="Batches to evaluate, -1 for all.")
     p.add_argument("--max-seq-length", type=int, default=2048, help="Longest sequence in tokens.")
     p.add_argument("--mask-prompt", action="store_true", help="Leave the prompt out of the loss.")
+    p.add_argument(
+        "--objective",
+        default=CROSS_ENTROPY,
+        help="Score the answers, too: accuracy, exact-match, f1, or module:function.",
+    )
+    p.add_argument("--max-tokens", type=int, help="Tokens of a generated answer; default: of the longest completion.")
     return p
 
 
@@ -197,6 +204,8 @@ def _evaluate(args: argparse.Namespace) -> None:
         num_batches=args.test_batches,
         max_seq_length=args.max_seq_length,
         mask_prompt=args.mask_prompt,
+        objective=args.objective,
+        max_tokens=args.max_tokens,
     )
     print(json.dumps(result.as_dict()) if args.json else result)
 
@@ -234,8 +243,9 @@ def _print_json(event: dict[str, Any]) -> None:
 def _print_event(event: dict[str, Any]) -> None:
     if event["event"] == "train":
         loss = math.nan if event["train_loss"] is None else event["train_loss"]  # none of the losses was finite
+        what = f"score {-loss:.3f}" if "train_score" in event else f"loss {loss:.3f}"
         line = (
-            f"Iter {event['iteration']}: Train loss {loss:.3f}, "
+            f"Iter {event['iteration']}: Train {what}, "
             f"Learning Rate {event['learning_rate']:.3e}, It/sec {event['iterations_per_second']:.3f}, "
             f"Tokens/sec {event['tokens_per_second']:.1f}, Peak mem {event['peak_memory']:.3f} GB"
         )
@@ -252,10 +262,11 @@ def _print_event(event: dict[str, Any]) -> None:
     elif event["event"] == "warning":
         line = f"Warning: {event['message']}"
     elif event["event"] == "stopped":
-        line = f"Iter {event['iteration']}: stopped, no better validation loss for {event['patience']} validations"
+        line = f"Iter {event['iteration']}: stopped, none of the last {event['patience']} validations was the best"
     else:
         name = "Val" if event["event"] == "validation" else "Test"
-        line = f"Iter {event['iteration']}: {name} loss {event['loss']:.3f}"
+        score = f"{name} score {event['score']:.3f}, " if "score" in event else ""
+        line = f"Iter {event['iteration']}: {score}{name} loss {event['loss']:.3f}"
         if "accuracy" in event:
             line += f", {name} accuracy {event['accuracy']:.1%}, macro-F1 {event['macro_f1']:.3f}"
         else:

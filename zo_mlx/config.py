@@ -18,6 +18,7 @@ from mlx_lm.tuner.utils import build_schedule
 
 from .errors import UsageError
 from .estimator import ESTIMATORS, LAWS
+from .metric import CROSS_ENTROPY, check_objective
 
 # Of `mlx.optimizers`; those made for matrices, like Muon, have nothing to work on in a vector of values.
 OPTIMIZERS = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "lion": "Lion"}
@@ -47,6 +48,14 @@ class TrainConfig:
         None, "Tokens in a forward pass at most; default: a step's, or what fits the memory limit.", least=1
     )
     iters: int = _setting(1000, "Steps to train for.", least=0)
+    objective: str = _setting(
+        CROSS_ENTROPY,
+        "What to train on: cross-entropy, or the score of the model's answers: accuracy, exact-match, f1, or "
+        "module:function, a Python function score(prompt, output, example).",
+    )
+    max_tokens: int | None = _setting(
+        None, "Tokens of an answer that is generated to be scored; default: of the longest completion.", least=1
+    )
     learning_rate: float | str = _setting(
         "auto", "Initial learning rate, falls by 0.1% a step; auto: from the slopes seen so far.", least=0, word="auto"
     )
@@ -115,6 +124,7 @@ class TrainConfig:
                 )
             if (choices := f.metadata.get("choices")) and value not in choices:
                 raise UsageError(f"{f.name} must be one of {', '.join(choices)}, not {value}")
+        check_objective(self.objective)
         if self.num_layers == 0:
             raise UsageError("num_layers must be at least 1, or -1 for all, not 0")
         if self.directions is not None and self.estimator == "two-sided":

@@ -24,6 +24,11 @@ NATS, SLOWING = 0.02, 100
 MEASURED = 16
 # Until then branches lie this far from the values; from then on so far that a slope makes this difference in nats.
 FIRST_EPSILON, DIFFERENCE = 1e-3, 0.02
+# A score jumps: near the values it mostly is what it is there. Branches go out twice as far, step by step, until at
+# least half of a step's slopes are not 0, but no further than this.
+FARTHEST = 0.5
+# Of what such branches change, this share is a score's counterpart to NATS: how far out they lie is no longer small.
+SCORE_SHARE = 0.1
 # Slopes count for at most this many times the root of the mean square of those before.
 OUTLIER = 5.0
 # Losses are averaged over this many steps. An average above the lowest one by a quarter of it, and by this many
@@ -43,12 +48,14 @@ class Control:
 
     Args:
         values: (K,) float32, before the first step.
+        jumps: whether the objective is one that only changes by jumps, as scores of answers do.
 
     Attributes:
         state: before the first step. `good` holds values to go back to, `good_step` when they were reached.
     """
 
-    def __init__(self, values: mx.array):
+    def __init__(self, values: mx.array, jumps: bool = False):
+        self._jumps = jumps
         self.state: State = {
             "seen": mx.array(0),
             "mean_square": mx.array(0.0),
@@ -68,10 +75,19 @@ class Control:
             slopes = np.clip(slopes, -limit, limit)
         if not np.isfinite(slopes).all():
             return np.zeros_like(slopes), state
+        epsilon = state["epsilon"].item()
+        if self._jumps and seen < MEASURED and epsilon < FARTHEST and 2 * np.count_nonzero(slopes) < len(slopes):
+            farther = min(2 * epsilon, FARTHEST)
+            return np.zeros_like(slopes), {
+                **state,
+                "epsilon": mx.array(farther),
+                "seen": mx.array(0),
+                "mean_square": mx.array(0.0),
+            }
         count = seen + len(slopes)
         square += (float(np.mean(np.square(slopes, dtype=np.float64))) - square) * len(slopes) / count
         new = {**state, "seen": mx.array(count), "mean_square": mx.array(square)}
-        if seen < MEASURED <= count and square > 0:
+        if seen < MEASURED <= count and square > 0 and not self._jumps:
             new["epsilon"] = mx.array(DIFFERENCE / math.sqrt(square))
         return slopes, new
 
@@ -85,7 +101,8 @@ class Control:
         square = state["mean_square"].item()
         if state["seen"].item() < MEASURED or square == 0:
             return 0.0
-        rate = sgd_rate(square, len(record.projected), record.step)
+        nats = SCORE_SHARE * state["epsilon"].item() * math.sqrt(square) if self._jumps else NATS
+        rate = sgd_rate(square, len(record.projected), record.step, nats)
         if scale_free:
             rate *= math.sqrt(square / len(record.projected))
         return rate * 0.5 ** state["halvings"].item()

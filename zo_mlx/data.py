@@ -7,7 +7,7 @@ ours: `prompt`/`completion`/`choices`, where the completion is one of the choice
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,6 +47,7 @@ class Example:
         label: for `choices`, the index of the right choice; else None.
         choices: for `choices`, their texts.
         truncated: whether the text was longer than the longest sequence and was cut.
+        record: the line itself.
     """
 
     rows: list[list[int]]
@@ -54,6 +55,7 @@ class Example:
     label: int | None = None
     choices: tuple[str, ...] = ()
     truncated: bool = False
+    record: dict[str, Any] = field(default_factory=dict)
 
     @property
     def length(self) -> int:
@@ -112,18 +114,18 @@ def load_dataset(path: Path, tokenizer: TokenizerWrapper, max_length: int, mask_
     if "choices" in first:
         examples = [_choice_example(d, tokenizer, max_length, f"{path}, line {n}") for n, d in lines]
         return Dataset("choices", examples)
-    field = next((f for f in _CHECKS if f in first), None)
-    if field is None:
+    form = next((f for f in _CHECKS if f in first), None)
+    if form is None:
         raise UsageError(
             f"{path}, line {lines[0][0]}: fields {sorted(first)} are none of the known formats: "
             "prompt/completion/choices, prompt/completion, messages, text"
         )
-    if field == "text" and mask_prompt:
-        raise UsageError(f"{path}: --mask-prompt does not apply to the text format")
+    if form == "text" and mask_prompt:
+        raise UsageError(f"{path}: the text format has no prompts for --mask-prompt, or to be answered")
     for number, record in lines:
         if "choices" in record:
             raise UsageError(f"{path}, line {number}: has choices, but line {lines[0][0]} has none")
-        _CHECKS[field](record, f"{path}, line {number}")
+        _CHECKS[form](record, f"{path}, line {number}")
     dataset = create_dataset(
         [d for _, d in lines],
         tokenizer,  # type: ignore[arg-type]
@@ -136,7 +138,7 @@ def load_dataset(path: Path, tokenizer: TokenizerWrapper, max_length: int, mask_
             tokens, offset = dataset.process(record)
         except Exception as e:  # chat templates are programs; they raise what they like
             raise UsageError(f"{where}: the tokenizer's chat template fails: {e}") from None
-        examples.append(_token_example(tokens, offset, max_length, where))
+        examples.append(_token_example(tokens, offset, max_length, where, record))
     return Dataset("tokens", examples)
 
 
@@ -230,7 +232,7 @@ _CHECKS: dict[str, Callable[[dict[str, Any], str], object]] = {
 }
 
 
-def _token_example(tokens: list[int], offset: int, max_length: int, where: str) -> Example:
+def _token_example(tokens: list[int], offset: int, max_length: int, where: str, record: dict[str, Any]) -> Example:
     """mlx-lm's loss mask: the tokens from `offset` on are targets (the first token has nothing before it)."""
     first, length = max(offset, 1), len(tokens)
     tokens = tokens[:max_length]
@@ -239,7 +241,7 @@ def _token_example(tokens: list[int], offset: int, max_length: int, where: str) 
             raise UsageError(f"{where}: the prompt has {offset} tokens, more than fit a sequence of {max_length}")
         raise UsageError(f"{where}: it has no token to predict")
     targets = [Target(0, i - 1, tokens[i]) for i in range(first, len(tokens))]
-    return Example([tokens[:-1]], [targets], truncated=length > max_length)
+    return Example([tokens[:-1]], [targets], truncated=length > max_length, record=record)
 
 
 def _choice_example(record: dict[str, Any], tokenizer: TokenizerWrapper, max_length: int, where: str) -> Example:
@@ -263,7 +265,7 @@ def _choice_example(record: dict[str, Any], tokenizer: TokenizerWrapper, max_len
     targets = [
         [Target(row, i - 1, s[i]) for i in range(start, len(s))] for row, s in zip(row_of, sequences, strict=True)
     ]
-    return Example(rows, targets, choices.index(completion), tuple(choices))
+    return Example(rows, targets, choices.index(completion), tuple(choices), record=record)
 
 
 def _common_prefix(sequences: Iterable[list[int]]) -> int:

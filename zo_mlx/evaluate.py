@@ -10,10 +10,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from .answers import Judge
 from .config import check_range
 from .data import Dataset, load_dataset
 from .errors import UsageError
 from .head import Head, split_head
+from .metric import CROSS_ENTROPY, Metric
 from .objective import collate, example_losses, scores
 from .progress import Progress
 
@@ -30,6 +32,7 @@ class Evaluation:
         macro_f1: for choices, the unweighted mean over choices of their F1.
         perplexity: for tokens, exp(loss).
         truncated: for tokens, how many texts were longer than the longest sequence and were cut.
+        score: of another objective than cross-entropy, the mean over examples.
     """
 
     examples: int
@@ -40,17 +43,24 @@ class Evaluation:
     macro_f1: float | None = None
     perplexity: float | None = None
     truncated: int | None = None
+    score: float | None = None
+
+    @property
+    def objective(self) -> float:
+        """What training makes smaller: the loss, or minus the score."""
+        return self.loss if self.score is None else -self.score
 
     def as_dict(self) -> dict[str, Any]:
         """The results that apply."""
         return {k: v for k, v in asdict(self).items() if v is not None}
 
     def __str__(self) -> str:
+        score = "" if self.score is None else f"score {self.score:.3f}, "
         if self.accuracy is None:
             cut = f", {self.truncated} of them cut" if self.truncated else ""
-            return f"loss {self.loss:.3f}, perplexity {self.perplexity:.3f} ({self.examples} examples{cut})"
+            return f"{score}loss {self.loss:.3f}, perplexity {self.perplexity:.3f} ({self.examples} examples{cut})"
         return (
-            f"loss {self.loss:.3f}, accuracy {self.accuracy:.1%} (95% {self.accuracy_low:.1%} to "
+            f"{score}loss {self.loss:.3f}, accuracy {self.accuracy:.1%} (95% {self.accuracy_low:.1%} to "
             f"{self.accuracy_high:.1%}), macro-F1 {self.macro_f1:.3f} ({self.examples} examples)"
         )
 
@@ -64,6 +74,8 @@ def evaluate(
     num_batches: int = -1,
     max_seq_length: int = 2048,
     mask_prompt: bool = False,
+    objective: str = CROSS_ENTROPY,
+    max_tokens: int | None = None,
     progress: bool = True,
 ) -> Evaluation:
     """Evaluate a loaded model on a data file.
@@ -75,24 +87,36 @@ def evaluate(
         num_batches: how many batches of the file's first examples; -1 for all.
         max_seq_length: longest sequence in tokens.
         mask_prompt: leave the prompt out of the loss.
+        objective: score the answers, too: accuracy, exact-match, f1, or module:function. Then prompts are left out of
+            the loss.
+        max_tokens: of the texts generated for that; None is as long as the longest completion.
         progress: report progress on standard error.
 
     Raises:
-        UsageError: the data are missing or wrong.
+        UsageError: the data are missing or wrong, or the objective is.
+        ZoError: the objective's function fails.
     """
     check_range("--batch-size", batch_size, 1)
     check_range("--max-seq-length", max_seq_length, 2)
     if num_batches == 0 or num_batches < -1:
         raise UsageError(f"the number of batches must be at least 1, or -1 for all, not {num_batches}")
+    metric = None if objective == CROSS_ENTROPY else Metric(objective)
     path = Path(data)
     path = path / "test.jsonl" if path.is_dir() else path
-    dataset = load_dataset(path, tokenizer, max_seq_length, mask_prompt)
+    dataset = load_dataset(path, tokenizer, max_seq_length, mask_prompt or metric is not None)
     count = -1 if num_batches == -1 else num_batches * batch_size
-    return evaluate_dataset(split_head(model, dataset.has_continuations), dataset, batch_size, count, progress)
+    judge = Judge(metric, tokenizer, [dataset], max_tokens) if metric else None
+    head = split_head(model, dataset.has_continuations or bool(judge and judge.generates))
+    return evaluate_dataset(head, dataset, batch_size, count, progress, judge)
 
 
 def evaluate_dataset(
-    head: Head, dataset: Dataset, batch_size: int, count: int = -1, progress: bool = True
+    head: Head,
+    dataset: Dataset,
+    batch_size: int,
+    count: int = -1,
+    progress: bool = True,
+    judge: Judge | None = None,
 ) -> Evaluation:
     """As `evaluate`, for a model split at its head and the first `count` examples of tokenized data, -1 for all."""
     examples = dataset.examples if count < 0 else dataset.examples[:count]
@@ -100,7 +124,7 @@ def evaluate_dataset(
     examples = sorted(examples, key=lambda e: e.length)
     batches = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
     total, counted = 0.0, 0
-    predicted, right = [], []
+    predicted, right, judged = [], [], 0.0
     with Progress("Evaluating", len(batches), "batch", enabled=progress) as bar:
         for part in batches:
             batch = collate([part], head.continues)
@@ -114,16 +138,21 @@ def evaluate_dataset(
                 winners: list[int] = scored.argmax(axis=-1).tolist()  # type: ignore[assignment]
                 predicted += [e.choices[w] for e, w in zip(part, winners, strict=True)]
                 right += [e.choices[e.label] for e in part if e.label is not None]
+            if judge:
+                given = (
+                    judge.choice_scores(scored[None], [part]) if part[0].choices else judge.text_scores(head, [part])
+                )
+                judged += float(given.sum())
             mx.clear_cache()
             bar.advance()
-    loss = total / counted
+    loss, score = total / counted, judged / len(examples) if judge else None
     if dataset.kind == "tokens":
-        return Evaluation(
-            len(examples), loss, perplexity=math.exp(min(loss, 700)), truncated=sum(e.truncated for e in examples)
-        )
+        cut = sum(e.truncated for e in examples)
+        return Evaluation(len(examples), loss, perplexity=math.exp(min(loss, 700)), truncated=cut, score=score)
     correct = sum(p == r for p, r in zip(predicted, right, strict=True))
     low, high = wilson_interval(correct, len(examples))
-    return Evaluation(len(examples), loss, correct / len(examples), low, high, macro_f1(predicted, right))
+    f1 = macro_f1(predicted, right)
+    return Evaluation(len(examples), loss, correct / len(examples), low, high, f1, score=score)
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:

@@ -25,7 +25,7 @@ class Head:
     Attributes:
         hidden: tokens (N, T) int32, and maybe a `cache` -> states (N, T, H).
         logits: states (..., H) -> logits (..., V).
-        continues: whether `continued` can be used, if that was asked.
+        continues: whether `continued` and `begun` can be used, if that was asked.
     """
 
     def __init__(
@@ -53,6 +53,13 @@ class Head:
         Returns:
             (N, T, H) and (R, L, H).
         """
+        first, caches = self.begun(prompts, lengths)
+        for cache in caches:
+            cache.filter(mx.array(parents))
+        return first, self.hidden(rows, cache=caches)
+
+    def begun(self, prompts: mx.array, lengths: list[int]) -> tuple[mx.array, list[Any]]:
+        """The states of prompts, as in `continued`, and the caches with which `hidden` goes on from them."""
         caches: list[Any] = [BatchKVCache([0] * len(prompts)) for _ in range(self._blocks or 0)]
         width = prompts.shape[1]
         for cache in caches:
@@ -62,8 +69,7 @@ class Head:
         mx.eval(first, [(cache.keys, cache.values) for cache in caches])
         for cache in caches:
             cache.finalize()
-            cache.filter(mx.array(parents))
-        return first, self.hidden(rows, cache=caches)
+        return first, caches
 
 
 def split_head(model: nn.Module, continuing: bool = False) -> Head:

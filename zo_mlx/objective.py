@@ -78,7 +78,7 @@ def collate(branches: Sequence[Sequence[Example]], share: bool = False) -> Batch
     shared = layout(branches, share)[1]
     firsts = [[r for e in b for r in ([e.rows[0][: e.prompt_length]] if shared else e.rows)] for b in branches]
     rests = [[r[e.prompt_length :] for e in b for r in e.rows] if shared else [] for b in branches]
-    tokens, rest_tokens = _padded(firsts), _padded(rests)
+    tokens, rest_tokens = padded(firsts), padded(rests)
     width, rest_width = tokens.shape[1], rest_tokens.shape[1]
     lengths, parents = np.ones(len(tokens), int), np.zeros(len(rest_tokens), int)
     targets: dict[tuple[int, ...], list[tuple[int, int]]] = {}  # (branch, example, choice) -> [(position, token)]
@@ -124,7 +124,7 @@ def collate(branches: Sequence[Sequence[Example]], share: bool = False) -> Batch
     )
 
 
-def _padded(rows: Sequence[Sequence[list[int]]]) -> np.ndarray:
+def padded(rows: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
     """The rows of each branch, padded with zeros to the longest, and to as many as the branch with the most has."""
     count, width = max(map(len, rows)), max((len(r) for branch in rows for r in branch), default=0)
     tokens = np.zeros((len(rows), count, width), np.int32)
@@ -147,8 +147,7 @@ def scores(head: Head, batch: Batch) -> mx.array:
         both = head.continued(batch.tokens, rest.lengths, rest.tokens, rest.parents)
         states = mx.concatenate([x.reshape(-1, x.shape[-1]) for x in both])[mx.array(batch.positions)]
     mx.eval(states)  # frees the activations of the pass before any logits are made
-    vocabulary = head.logits(states[:1]).shape[-1]
-    step = max(1, LOGIT_BYTES // (4 * vocabulary))
+    step = _rows_at_once(head, states)
     parts = []
     for start in range(0, len(states), step):
         first, last = np.searchsorted(batch.target_position, [start, start + step])
@@ -161,6 +160,18 @@ def scores(head: Head, batch: Batch) -> mx.array:
     summed = log_probabilities[mx.array(batch.slots)].sum(axis=-1)
     exists = mx.array(batch.slots[..., 0] < len(batch.target_token))
     return mx.where(exists, summed, -mx.inf)
+
+
+def greedy_tokens(head: Head, states: mx.array) -> np.ndarray:
+    """The likeliest token at each state: (n, H) -> (n,)."""
+    step = _rows_at_once(head, states)
+    parts = [np.array(head.logits(states[i : i + step]).argmax(axis=-1)) for i in range(0, len(states), step)]
+    return np.concatenate(parts)
+
+
+def _rows_at_once(head: Head, states: mx.array) -> int:
+    """For how many states logits are made at once."""
+    return max(1, LOGIT_BYTES // (4 * head.logits(states[:1]).shape[-1]))
 
 
 def branch_losses(scored: mx.array, batch: Batch, count: float) -> mx.array:

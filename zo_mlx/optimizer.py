@@ -12,6 +12,7 @@ from .config import OPTIMIZERS, TrainConfig
 from .control import MEASURED, MOST_HALVINGS, Control
 from .estimator import gradient_estimate
 from .journal import Record
+from .metric import CROSS_ENTROPY
 
 State = dict[str, Any]
 
@@ -40,7 +41,7 @@ class Optimizer:
         self._rule: optim.Optimizer = kind(schedule or 0.0, **arguments)
         self._rule.init({"values": origin})
         self._origin = origin
-        self._control = Control(origin) if schedule is None else None
+        self._control = Control(origin, config.objective != CROSS_ENTROPY) if schedule is None else None
         self._scale_free = config.optimizer in SCALE_FREE
         # Momentum adds gradients up: a rate without it is this many times as large.
         self._share = 1.0 if self._scale_free else 1 - arguments.get("momentum", 0.0)

@@ -1,11 +1,15 @@
-"""Progress of long work: a bar with rate and time left on a terminal, plain lines elsewhere."""
+"""Progress of long work: a bar with rate and time left on a terminal, plain lines elsewhere; and figures on the way."""
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Iterator
 from types import TracebackType
+from typing import Any
 
+import mlx.core as mx
+import numpy as np
 from tqdm import tqdm
 
 _SECONDS_BETWEEN_LINES = 15
@@ -57,3 +61,40 @@ def redirected_to_stderr() -> Iterator[None]:
     """Keep standard output for results: what libraries print goes to standard error."""
     with contextlib.redirect_stdout(sys.stderr):
         yield
+
+
+class Meter:
+    """Averages between reports, and the median time of a step."""
+
+    def __init__(self) -> None:
+        self._seconds: list[float] = []
+        self._losses: list[float] = []
+        self._tokens = self._padded = 0
+        self._reported = 0
+        self.last_loss: float | None = None
+
+    def add(self, seconds: float, loss: float, examples: list[Any]) -> None:
+        self._seconds.append(seconds)
+        if math.isfinite(loss):
+            self._losses.append(loss)
+        rows = [len(row) for e in examples for row in e.rows]
+        self._tokens += sum(rows)
+        self._padded += len(rows) * max(rows)
+
+    def take(self) -> dict[str, float | None]:
+        """The averages since the last call, under mlx-lm's names; and the share of padding in what was computed."""
+        seconds = sum(self._seconds[self._reported :])
+        self.last_loss = sum(self._losses) / len(self._losses) if self._losses else None
+        result = {
+            "train_loss": self.last_loss,
+            "iterations_per_second": (len(self._seconds) - self._reported) / seconds,
+            "tokens_per_second": self._tokens / seconds,
+            "padding": 1 - self._tokens / self._padded,
+            "peak_memory": mx.get_peak_memory() / 1e9,
+        }
+        self._losses, self._tokens, self._padded, self._reported = [], 0, 0, len(self._seconds)
+        return result
+
+    @property
+    def median_seconds(self) -> float | None:
+        return float(np.median(self._seconds)) if self._seconds else None

@@ -12,6 +12,7 @@ import numpy as np
 
 from . import adapter, journal
 from .adapter import Best
+from .answers import Judge
 from .blocks import BlockwiseModel
 from .config import TrainConfig, resolved
 from .data import Dataset, batch_order, load_dataset
@@ -21,11 +22,12 @@ from .evaluate import Evaluation, evaluate_dataset
 from .files import reporting_disk_errors, sha256
 from .head import split_head
 from .index import FILE_NAME as INDEX
+from .metric import CROSS_ENTROPY, Metric
 from .model import context_length, load_sparse
 from .objective import layout
 from .optimizer import Optimizer
 from .prefix import Prefix
-from .progress import Progress
+from .progress import Meter, Progress
 from .step import make_loss, replay, rows_of_step, step, tokens_that_fit
 
 Report = Callable[[dict[str, Any]], None]
@@ -73,6 +75,7 @@ class Run:
         self.directory = Path(config.adapter_path)
         model, data = Path(config.model), Path(config.data)
         self.sparse, self.tokenizer, index, model_config = load_sparse(model)
+        self.metric = None if config.objective == CROSS_ENTROPY else Metric(config.objective)
         self.longest = min(config.max_seq_length, context_length(model_config))
         self.train_set = self.load_data(data / "train.jsonl")
         self.valid_set = self.load_data(data / "valid.jsonl") if (data / "valid.jsonl").exists() else None
@@ -86,7 +89,9 @@ class Run:
             )
         self.config = config = resolved(config)
         datasets = [d for d in (self.train_set, self.valid_set, self.test_set) if d is not None]
-        self.head = split_head(self.sparse.model, any(d.has_continuations for d in datasets))
+        self.judge = Judge(self.metric, self.tokenizer, datasets, config.max_tokens) if self.metric else None
+        generates = self.judge is not None and self.judge.generates
+        self.head = split_head(self.sparse.model, generates or any(d.has_continuations for d in datasets))
         self.sparse.check_branches()
         self.model_prints = {"base_model": index.metadata["base_model"], "index": sha256(model / INDEX)}
         self.prints = {
@@ -94,6 +99,8 @@ class Run:
             "train.jsonl": sha256(data / "train.jsonl"),
             "tokenized training set": self.train_set.fingerprint(),  # tokenizer and chat template take part in it
         }
+        if self.metric and self.metric.path:
+            self.prints["objective"] = sha256(self.metric.path)
         self.all_values = index.initial_values()
         blocks = len(self.sparse.model.layers)
         last = blocks if config.num_layers == -1 else config.num_layers
@@ -102,7 +109,7 @@ class Run:
         if config.memory_limit is not None and config.tokens_at_once is None:
             longest = max(self.train_set.examples, key=lambda e: e.length)
             limit = int(config.memory_limit * 1e9)
-            fit, least = tokens_that_fit(limit, self.sparse, self.head, self.values, longest, config)
+            fit, least = tokens_that_fit(limit, self.sparse, self.head, self.values, longest, config, self.judge)
             if least > limit:
                 self.warn(f"--memory-limit: the longest example alone takes {least / 1e9:.3f} GB")
             config.tokens_at_once = fit
@@ -118,7 +125,8 @@ class Run:
         self.report({"event": "warning", "message": message})
 
     def load_data(self, path: Path) -> Dataset:
-        dataset = load_dataset(path, self.tokenizer, self.longest, self.config.mask_prompt)
+        mask_prompt = self.config.mask_prompt or self.metric is not None
+        dataset = load_dataset(path, self.tokenizer, self.longest, mask_prompt)
         if dataset.truncated:
             self.warn(f"{path}: {dataset.truncated} sequences are longer than {self.longest} tokens and were cut")
         return dataset
@@ -179,7 +187,7 @@ class Run:
             longest = max(layout([[e]], self.head.continues)[0] for e in dataset.examples)
             size = max(1, min(size, tokens // longest))
         count = -1 if batches == -1 else batches * self.config.batch_size
-        return evaluate_dataset(self.head, dataset, size, count, self.progress)
+        return evaluate_dataset(self.head, dataset, size, count, self.progress, self.judge)
 
     def validate(self) -> Evaluation | None:
         """Evaluate on the validation set, and keep the values if they are the best so far."""
@@ -189,10 +197,10 @@ class Run:
         config, is_best = self.config, False
         # What a resumed run begins with is no validation that an uninterrupted one would have made.
         if self.done % config.steps_per_eval == 0 or self.done >= config.iters:
-            is_best = result.loss < (self.best.loss if self.best else math.inf)
+            is_best = result.objective < (self.best.loss if self.best else math.inf)
         if is_best:
-            self.best = Best(self.done, result.loss)
-            adapter.write_best(self.directory, self.snapshot(result.loss))
+            self.best = Best(self.done, result.objective)
+            adapter.write_best(self.directory, self.snapshot(result.objective))
         self.report({"event": "validation", "iteration": self.done, "best": is_best, **result.as_dict()})
         return result
 
@@ -214,7 +222,7 @@ class Run:
         weights = mx.get_active_memory()
         before = after = self.validate()
         mx.reset_peak_memory()
-        loss = make_loss(self.sparse, self.head, self.prefix(), config.tokens_at_once)
+        loss = make_loss(self.sparse, self.head, self.prefix(), config.tokens_at_once, self.judge)
         meter = Meter()
         peak = 0
         try:
@@ -242,7 +250,10 @@ class Run:
                     bar.advance()
                     if number % config.steps_per_report == 0 or number == config.iters:
                         rate = self.optimizer.learning_rate(self.state)
-                        self.report({"event": "train", "iteration": number, "learning_rate": rate, **meter.take()})
+                        event = {"event": "train", "iteration": number, "learning_rate": rate, **meter.take()}
+                        if self.judge:
+                            event["train_score"] = None if meter.last_loss is None else -meter.last_loss
+                        self.report(event)
                     if number % config.save_every == 0:
                         self.save()
                     if number % config.steps_per_eval == 0 or number == config.iters:
@@ -261,40 +272,3 @@ class Run:
             str(self.directory), self.done, self.sparse.size, meter.last_loss, before, after, test, self.best,
             meter.median_seconds, weights, peak, adapter.size_bytes(self.directory),
         )  # fmt: skip
-
-
-class Meter:
-    """Averages between reports, and the median time of a step."""
-
-    def __init__(self) -> None:
-        self._seconds: list[float] = []
-        self._losses: list[float] = []
-        self._tokens = self._padded = 0
-        self._reported = 0
-        self.last_loss: float | None = None
-
-    def add(self, seconds: float, loss: float, examples: list[Any]) -> None:
-        self._seconds.append(seconds)
-        if math.isfinite(loss):
-            self._losses.append(loss)
-        rows = [len(row) for e in examples for row in e.rows]
-        self._tokens += sum(rows)
-        self._padded += len(rows) * max(rows)
-
-    def take(self) -> dict[str, float | None]:
-        """The averages since the last call, under mlx-lm's names; and the share of padding in what was computed."""
-        seconds = sum(self._seconds[self._reported :])
-        self.last_loss = sum(self._losses) / len(self._losses) if self._losses else None
-        result = {
-            "train_loss": self.last_loss,
-            "iterations_per_second": (len(self._seconds) - self._reported) / seconds,
-            "tokens_per_second": self._tokens / seconds,
-            "padding": 1 - self._tokens / self._padded,
-            "peak_memory": mx.get_peak_memory() / 1e9,
-        }
-        self._losses, self._tokens, self._padded, self._reported = [], 0, 0, len(self._seconds)
-        return result
-
-    @property
-    def median_seconds(self) -> float | None:
-        return float(np.median(self._seconds)) if self._seconds else None

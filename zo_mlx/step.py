@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 
 from . import estimator
+from .answers import Judge
 from .config import TrainConfig
 from .data import Example
 from .head import Head
@@ -19,7 +20,11 @@ from .sparse import SparseModel
 
 
 def make_loss(
-    sparse: SparseModel, head: Head, prefix: Prefix | None = None, tokens_at_once: int | None = None
+    sparse: SparseModel,
+    head: Head,
+    prefix: Prefix | None = None,
+    tokens_at_once: int | None = None,
+    judge: Judge | None = None,
 ) -> estimator.Loss:
     """The losses of the branches of a step.
 
@@ -27,6 +32,7 @@ def make_loss(
         prefix: computes what the branches have in common, where there is such a thing.
         tokens_at_once: the most tokens, padding included, of one forward pass: branches go into passes of their own
             before a branch's examples do. At least one example is in a pass. None is no limit.
+        judge: the loss is minus the mean of its scores; None is cross-entropy.
 
     Returns:
         A function of P branches, and of the examples that each is evaluated on, to (P,) losses.
@@ -34,10 +40,20 @@ def make_loss(
 
     continues = head.continues and prefix is None
 
+    def part(group: Sequence[Sequence[Example]], count: float) -> mx.array:
+        if judge and group[0][0].label is None:
+            return -judge.text_scores(head, group).sum(axis=-1) / count
+        batch = collate(group, continues)
+        with prefix.skipped(batch.tokens, group) if prefix else contextlib.nullcontext():
+            scored = scores(head, batch)
+        if judge:
+            return -judge.choice_scores(scored, group).sum(axis=-1) / count
+        return branch_losses(scored, batch, count)
+
     def loss(branches: estimator.Branches, shares: Sequence[Sequence[Example]]) -> mx.array:
         size = len(shares[0])
         by_tokens = sum(len(e.targets[0]) for share in shares for e in share) / len(shares)
-        count = size if shares[0][0].label is not None else by_tokens
+        count = size if judge or shares[0][0].label is not None else by_tokens
         at_once, examples_at_once = (len(branches) if sparse.stackable else 1), size
         if tokens_at_once is not None:
             fit = tokens_at_once / layout(shares, continues)[0]
@@ -49,10 +65,8 @@ def make_loss(
             total = mx.zeros(1)
             for first in range(0, size, examples_at_once):
                 group = [share[first : first + examples_at_once] for share in shares[start : start + at_once]]
-                batch = collate(group, continues)
-                with prefix.skipped(batch.tokens, group) if prefix else contextlib.nullcontext():
-                    total = total + branch_losses(scores(head, batch), batch, count)
-                    mx.eval(total)
+                total = total + part(group, count)
+                mx.eval(total)
             losses.append(total)
         return mx.concatenate(losses)
 
@@ -67,7 +81,13 @@ def rows_of_step(config: TrainConfig) -> int:
 
 
 def tokens_that_fit(
-    limit: int, sparse: SparseModel, head: Head, values: mx.array, longest: Example, config: TrainConfig
+    limit: int,
+    sparse: SparseModel,
+    head: Head,
+    values: mx.array,
+    longest: Example,
+    config: TrainConfig,
+    judge: Judge | None = None,
 ) -> tuple[int, int]:
     """How many tokens a forward pass may have within a limit in bytes, weights included: measured.
 
@@ -79,6 +99,7 @@ def tokens_that_fit(
         values: (K,) that are trained.
         longest: the example with the longest row.
         config: resolved; estimator, directions and batch size are read.
+        judge: as for `make_loss`.
 
     Returns:
         Tokens, which may be fewer than an example's; and the bytes that a pass takes with an example at a time.
@@ -90,7 +111,7 @@ def tokens_that_fit(
     size = len(method.shares([longest] * config.batch_size, config.directions)[0])
 
     def peak(rows: int, tokens_at_once: int | None = None) -> int:
-        loss = make_loss(sparse, head, tokens_at_once=tokens_at_once)
+        loss = make_loss(sparse, head, tokens_at_once=tokens_at_once, judge=judge)
         count = min(rows, len(branches)) if sparse.stackable else 1
         shares = [[longest] * -(-rows // count)] * count
         return peak_of(lambda: mx.eval(loss(branches[:count], shares)))

@@ -11,6 +11,7 @@ from .config import CHANGEABLE, TrainConfig
 from .errors import UsageError
 from .files import locked, reporting_disk_errors
 from .memory import bounded_cache, held_below
+from .metric import is_function
 from .run import Report, Run, TrainResult
 
 
@@ -79,6 +80,11 @@ def _resumed_config(recorded: dict[str, Any], given: dict[str, Any]) -> TrainCon
     """The recorded settings with the given ones; only those in `CHANGEABLE` may differ."""
     if set(recorded) != {f.name for f in fields(TrainConfig)}:
         raise UsageError("the run to resume was made by another version of zo-mlx: its settings are not this one's")
+    if is_function(recorded["objective"]) and "objective" not in given:
+        # A run may come from a stranger, and this would run any function it names.
+        raise UsageError(
+            f"the run's objective is a function: give --objective {recorded['objective']} to go on with it"
+        )
     config = TrainConfig(**{**recorded, "adapter_path": TrainConfig.adapter_path, **given})
     config.check()
     different = [k for k in sorted(given.keys() - CHANGEABLE) if getattr(config, k) != recorded[k]]

@@ -1,0 +1,74 @@
+"""Answers of the branches of a model, and their scores: the objectives that need not be differentiable."""
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from .data import Dataset, Example
+from .errors import UsageError
+from .head import Head
+from .metric import Metric
+from .objective import greedy_tokens, padded
+
+
+class Judge:
+    """Scores the answers to examples: the likeliest choice where there are choices, else the text generated greedily.
+
+    Args:
+        metric: gives an answer's score.
+        max_tokens: the longest text that is generated; None is as long as the longest completion of `datasets`.
+        datasets: all data that are to be judged.
+
+    Raises:
+        UsageError: the metric is for choices, and the data have none.
+    """
+
+    def __init__(
+        self, metric: Metric, tokenizer: TokenizerWrapper, datasets: Sequence[Dataset], max_tokens: int | None = None
+    ):
+        self.generates = any(d.kind == "tokens" for d in datasets)
+        if self.generates and metric.name == "accuracy":
+            raise UsageError("the objective accuracy is for data with choices; for generated text, take exact-match")
+        self._metric, self._tokenizer = metric, tokenizer
+        longest = max((len(e.targets[0]) for d in datasets if d.kind == "tokens" for e in d.examples), default=0)
+        self._max_tokens = max_tokens or longest
+
+    def choice_scores(self, scored: mx.array, branches: Sequence[Sequence[Example]]) -> mx.array:
+        """The scores of the likeliest choices: (P, E, C) from `objective.scores` -> (P, E) float32."""
+        winners = np.array(scored.argmax(axis=-1))
+        judged = [
+            [self._metric(e.record, e.choices[w]) for e, w in zip(examples, own, strict=True)]
+            for examples, own in zip(branches, winners, strict=True)
+        ]
+        return mx.array(judged)
+
+    def text_scores(self, head: Head, branches: Sequence[Sequence[Example]]) -> mx.array:
+        """The scores of what P branches of a model generate for E prompts each: (P, E) float32."""
+        examples = [e for own in branches for e in own]
+        generated = self.generate(head, [e.rows[0][: e.targets[0][0].position + 1] for e in examples])
+        scores = [self._metric(e.record, self._tokenizer.decode(g)) for e, g in zip(examples, generated, strict=True)]
+        return mx.array(scores).reshape(len(branches), -1)
+
+    def generate(self, head: Head, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+        """The likeliest next tokens after each prompt, one after the other, up to an end of text."""
+        lengths = [len(p) for p in prompts]
+        states, caches = head.begun(mx.array(padded([prompts])), lengths)
+        last = states[mx.arange(len(prompts)), mx.array(lengths) - 1]
+        for cache in caches:
+            cache.step = self._max_tokens  # room for all that comes, at once
+        made = []
+        finished = np.zeros(len(prompts), bool)
+        while True:
+            tokens = greedy_tokens(head, last)
+            made.append(tokens)
+            finished |= np.isin(tokens, list(self._tokenizer.eos_token_ids))
+            if finished.all() or len(made) == self._max_tokens:
+                break
+            last = head.hidden(mx.array(tokens)[:, None], cache=caches)[:, 0]
+        return [self._up_to_end(row) for row in np.stack(made, axis=1).tolist()]
+
+    def _up_to_end(self, tokens: list[int]) -> list[int]:
+        ends = [i for i, t in enumerate(tokens) if t in self._tokenizer.eos_token_ids]
+        return tokens[: ends[0]] if ends else tokens

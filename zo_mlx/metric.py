@@ -1,0 +1,118 @@
+"""What an answer is worth: accuracy, exact match, F1, or a function of the user's own.
+
+A metric is a function `score(prompt, output, example) -> float`: of the prompt's text, the text of the model's answer,
+and the line of the data file as a dictionary. Higher is better.
+"""
+
+import importlib
+import math
+import re
+import string
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .errors import UsageError, ZoError
+
+Record = dict[str, Any]
+
+CROSS_ENTROPY = "cross-entropy"
+_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+def right_answer(example: Record) -> str:
+    """The completion, or the last message."""
+    return str(example["completion"] if "completion" in example else example["messages"][-1]["content"])
+
+
+def question(example: Record) -> str:
+    """The prompt, or the message before the last."""
+    if "prompt" in example:
+        return str(example["prompt"])
+    return str(example["messages"][-2]["content"]) if len(example["messages"]) > 1 else ""
+
+
+def exact_match(prompt: str, output: str, example: Record) -> float:
+    """1 if the answer is the right one, but for space around it; else 0."""
+    return float(output.strip() == right_answer(example).strip())
+
+
+def f1(prompt: str, output: str, example: Record) -> float:
+    """F1 of the words that answer and right answer have in common; case, punctuation and articles do not count.
+
+    Rajpurkar et al. 2016, arXiv 1606.05250, section 6.1.
+    """
+    found, right = _words(output), _words(right_answer(example))
+    common = sum((Counter(found) & Counter(right)).values())
+    return 2 * common / (len(found) + len(right)) if common else float(found == right)
+
+
+def _words(text: str) -> list[str]:
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return [w for w in text.split() if w not in ("a", "an", "the")]
+
+
+# `accuracy` is for choices only, whose texts are compared as they are.
+METRICS: dict[str, Callable[[str, str, Record], float]] = {
+    "accuracy": lambda prompt, output, example: float(output == right_answer(example)),
+    "exact-match": exact_match,
+    "f1": f1,
+}
+
+
+def check_objective(objective: str) -> None:
+    """Raise UsageError for what cannot be the name of an objective."""
+    if objective not in (CROSS_ENTROPY, *METRICS) and not is_function(objective):
+        names = ", ".join((CROSS_ENTROPY, *METRICS))
+        raise UsageError(f"objective must be one of {names}, or module:function, not {objective}")
+
+
+def is_function(objective: str) -> bool:
+    """Whether an objective names a function of the user's own."""
+    return _FUNCTION.fullmatch(objective) is not None
+
+
+class Metric:
+    """A metric by its name; `module:function` is imported, from the working directory if it is there.
+
+    Attributes:
+        path: the file that a user's function comes from, or None.
+
+    Raises:
+        UsageError: there is no such function.
+    """
+
+    def __init__(self, objective: str):
+        check_objective(objective)
+        self.name = objective
+        self.path: Path | None = None
+        self._function = METRICS.get(objective) or self._imported(*objective.split(":"))
+
+    def _imported(self, module: str, name: str) -> Callable[[str, str, Record], float]:
+        sys.path.insert(0, str(Path.cwd()))
+        try:
+            found = importlib.import_module(module)
+        except Exception as e:  # the module is a program
+            raise UsageError(f"objective {self.name}: importing {module} fails: {type(e).__name__}: {e}") from None
+        finally:
+            sys.path.pop(0)
+        function = getattr(found, name, None)
+        if not callable(function):
+            raise UsageError(f"objective {self.name}: {module} has no function {name}")
+        self.path = Path(found.__file__) if found.__file__ else None
+        return function  # type: ignore[no-any-return]
+
+    def __call__(self, example: Record, output: str) -> float:
+        """The score of an answer to an example. Raises ZoError if the user's function fails."""
+        prompt = question(example)
+        try:
+            score = float(self._function(prompt, output, example))
+        except Exception as e:  # whatever the user's function does
+            raise ZoError(
+                f"objective {self.name} fails on the prompt {prompt[:60]!r}: {type(e).__name__}: {e}"
+            ) from None
+        if not math.isfinite(score):
+            raise ZoError(f"objective {self.name} gives {score} for the prompt {prompt[:60]!r}")
+        return score
