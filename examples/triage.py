@@ -3,8 +3,7 @@
 A message that goes to the wrong team is passed on, which costs a little. But asking customers to send goods back when
 they only wanted to know where the parcel is costs the shop a parcel. So not all mistakes are equal:
 
-    zo-mlx evaluate --model demo/model --data examples/support --objective examples.triage:worth
-    zo-mlx train --model demo/model --data examples/support --adapter-path triage --objective examples.triage:worth --iters 200
+    zo-mlx train --model demo/model --data examples/support --objective examples.triage:worth --adapter-path triage
     zo-mlx evaluate --model demo/model --data examples/support --objective examples.triage:worth --adapter-path triage
 
 `make demo` makes `demo/model`. Run the commands from the directory that `examples` is in.

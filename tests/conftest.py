@@ -84,6 +84,15 @@ def tiny(tiny_hf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def spread(tiny_hf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with sensitive weights in every layer of its three blocks."""
+    path = tmp_path_factory.mktemp("mlx") / "tiny"
+    settings = {"density": 0.01, "q_group_size": 32, "num_samples": 4, "sequence_length": 32}
+    zo_mlx.convert(str(tiny_hf), str(path), scope="tensor", progress=False, **settings)  # type: ignore[arg-type]
+    return path
+
+
 def write_jsonl(path: Path, records: list[dict[str, object]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(r) + "\n" for r in records))

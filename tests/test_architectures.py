@@ -21,8 +21,12 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from zo_mlx.convert.sensitivity import DEFAULT_TEXT, calibration_sequences
 
 from zo_mlx.blocks import BlockwiseModel
+from zo_mlx.data import Example, Target
+from zo_mlx.exact import ExactGradient
+from zo_mlx.head import split_head
 from zo_mlx.index import read_index
 from zo_mlx.journal import Journal
+from zo_mlx.model import load_sparse
 
 # Every architecture takes what it knows of these, under whatever name it has for a thing.
 COMMON: dict[str, Any] = {
@@ -105,9 +109,28 @@ def test_an_architecture_converts_and_trains(name: str, choice_data: Path, tmp_p
         model=str(tmp_path / "out"), data=str(choice_data), adapter_path=str(adapter), iters=2, batch_size=4,
         val_batches=0, progress=False,
     )  # fmt: skip
-    records = Journal.read(adapter / "journal").records
+    records = list(Journal.read(adapter / "journal").records())
     assert len(records) == 2
     assert all(np.abs(r.projected).max() > 0 for r in records), "the sparse layers have no effect"
+    _check_exact_gradient(tmp_path / "out", sequences[0])
+
+
+def _check_exact_gradient(path: Path, tokens: np.ndarray) -> None:
+    """Of a text's loss, against `mx.grad` of the whole model as it is called, sparse layers and all."""
+    sparse, _, index, _ = load_sparse(path)
+    values, head = index.initial_values(), split_head(sparse.model)
+
+    def loss(values: mx.array) -> mx.array:
+        sparse.set_values(values[None])
+        logits = sparse.model(mx.array(tokens[None, :-1]))[0].astype(mx.float32)
+        return nn.losses.cross_entropy(logits, mx.array(tokens[1:]), reduction="mean")
+
+    expected_loss, expected = mx.value_and_grad(loss)(values)
+    gradient = ExactGradient(sparse, head, BlockwiseModel.of_chain(sparse.model))
+    targets = [Target(0, i, int(t)) for i, t in enumerate(tokens[1:])]
+    got_loss, got = gradient(values, [Example([tokens[:-1].tolist()], [targets])])
+    assert got_loss == pytest.approx(expected_loss.item(), rel=1e-5)
+    assert mx.abs(got - expected).max() < 1e-4 * mx.abs(expected).max()
 
 
 def _has_experts(model: nn.Module) -> bool:

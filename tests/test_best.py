@@ -46,7 +46,7 @@ def test_patience_stops_a_run_that_gets_no_better(tiny: Path, choice_data: Path,
     assert _train(tiny, choice_data, tmp_path / "a", **settings).iterations == 8
     assert _train(tiny, choice_data, tmp_path / "a", resume=True, iters=100).iterations == 8
     assert _train(tiny, choice_data, tmp_path / "a", resume=True, iters=100, patience=3).iterations == 12
-    assert len(Journal.read(tmp_path / "a/journal").records) == 12
+    assert len(Journal.read(tmp_path / "a/journal")) == 12
 
 
 def test_seeds_are_runs_of_their_own_with_mean_and_spread(tiny: Path, choice_data: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def test_what_is_appended_is_read_back(tmp_path: Path) -> None:
     content = _write(tmp_path / "journal", 3)
     journal = Journal.read(tmp_path / "journal")
     assert journal.header == {**HEADER, "version": 1}
-    assert [(r.step, r.loss, r.projected.tolist()) for r in journal.records] == [
+    assert [(r.step, r.loss, r.projected.tolist()) for r in journal.records()] == [
         (1, 0.5, [1, -1]),
         (2, 1.0, [2, -2]),
         (3, 1.5, [3, -3]),
@@ -40,7 +40,7 @@ def test_a_journal_cut_at_any_byte_keeps_its_whole_records_and_goes_on(tmp_path:
         path = tmp_path / "cut"
         path.write_bytes(content[:length])
         whole = (length - start) // RECORD_SIZE
-        assert len(Journal.read(path).records) == whole
+        assert len(Journal.read(path)) == whole
         assert path.stat().st_size == length, "reading must not write"
         with Journal.read(path).open() as journal:
             journal.append(Record(whole + 1, 0.5 * (whole + 1), np.array([whole + 1, -whole - 1], np.float32)))
@@ -63,7 +63,7 @@ def test_any_changed_byte_is_detected(tmp_path: Path) -> None:
         changed[at] ^= 1
         (tmp_path / "bad").write_bytes(changed)
         if at >= last:  # could be a torn write: the record does not count
-            assert len(Journal.read(tmp_path / "bad").records) == 2
+            assert len(Journal.read(tmp_path / "bad")) == 2
         else:
             with pytest.raises(UsageError, match="damaged|not a zo-mlx journal"):
                 Journal.read(tmp_path / "bad")
@@ -75,7 +75,7 @@ def test_records_of_another_run_are_not_taken(tmp_path: Path) -> None:
         _write(tmp_path / "b", 2, {**HEADER, "config": {"seed": 4, "directions": 2}}),
     )
     (tmp_path / "mixed").write_bytes(ours[:-RECORD_SIZE] + theirs[-RECORD_SIZE:])
-    assert len(Journal.read(tmp_path / "mixed").records) == 1
+    assert len(Journal.read(tmp_path / "mixed")) == 1
 
 
 def _write_header(path: Path, header: object) -> None:

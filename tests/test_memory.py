@@ -9,16 +9,18 @@ from conftest import write_jsonl
 from test_train import _train, _values
 
 from zo_mlx import objective
+from zo_mlx.blocks import BlockwiseModel
 from zo_mlx.config import TrainConfig, resolved
 from zo_mlx.data import Example, Target, load_dataset
 from zo_mlx.estimator import Branches, TwoSided
+from zo_mlx.exact import ExactGradient
 from zo_mlx.head import Head, split_head
 from zo_mlx.journal import Journal
 from zo_mlx.memory import peak_of
 from zo_mlx.model import load_sparse
 from zo_mlx.objective import layout
 from zo_mlx.optimizer import Optimizer
-from zo_mlx.step import make_loss, step, tokens_that_fit
+from zo_mlx.step import exact_tokens_that_fit, make_loss, step, tokens_that_fit
 
 
 @pytest.mark.parametrize("kind", ["choices", "tokens", "long choices"])
@@ -97,6 +99,25 @@ def test_a_limit_is_recorded_and_changes_nothing_but_rounding(tiny: Path, choice
     for name in "bc":
         assert np.allclose(_values(tmp_path / name), _values(tmp_path / "a"), rtol=1e-3, atol=1e-5)
     _train(tiny, choice_data, tmp_path / "b", resume=True, memory_limit=0.001, iters=8)
+
+
+def test_a_limit_for_exact_gradients(smollm2: Path) -> None:
+    sparse, _, index, _ = load_sparse(smollm2)
+    head, values = split_head(sparse.model), index.initial_values()
+    rng = np.random.default_rng(0)
+    examples = [Example([rng.integers(0, 49_000, 64).tolist()], [[Target(0, 63, 5)]])] * 8
+    blocks = BlockwiseModel(sparse.model)
+
+    def peak(tokens_at_once: int | None) -> int:
+        gradient = ExactGradient(sparse, head, blocks, tokens_at_once=tokens_at_once)
+        return peak_of(lambda: mx.eval(gradient(values, examples)[1]))
+
+    unlimited, least = peak(None), peak(1)
+    assert least < 0.9 * unlimited
+    limit = (least + unlimited) // 2
+    fit, _ = exact_tokens_that_fit(limit, ExactGradient(sparse, head, blocks), values, examples[0], 8)
+    assert 64 <= fit < 8 * 64
+    assert peak(fit) <= 1.01 * limit
 
 
 def test_branches_hold_no_values_of_their_own(tiny: Path) -> None:

@@ -24,15 +24,6 @@ from zo_mlx.sparse import SparseModel
 from zo_mlx.step import make_loss
 
 
-@pytest.fixture(scope="module")
-def spread(tiny_hf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with sensitive weights in every layer of its three blocks."""
-    path = tmp_path_factory.mktemp("spread") / "tiny"
-    settings = {"density": 0.01, "q_group_size": 32, "num_samples": 4, "sequence_length": 32}
-    zo_mlx.convert(str(tiny_hf), str(path), scope="tensor", progress=False, **settings)  # type: ignore[arg-type]
-    return path
-
-
 def _examples(spread: Path, data: Path) -> list[Example]:
     """Rows of different lengths, and one example more whose choices take two rows."""
     _, tokenizer, _, _ = load_sparse(spread)

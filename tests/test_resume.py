@@ -44,7 +44,7 @@ def test_resuming_is_bit_identical(
             shutil.copy(tmp_path / "other" / name, parts)
     _train(tiny, choice_data, parts, resume=True, **settings)
     assert (_values(parts) == _values(whole)).all()
-    old_records, new_records = (Journal.read(d / "journal").records for d in (whole, parts))
+    old_records, new_records = (Journal.read(d / "journal").records() for d in (whole, parts))
     assert [(r.step, r.loss, r.projected.tolist()) for r in old_records] == [
         (r.step, r.loss, r.projected.tolist()) for r in new_records
     ]
@@ -159,7 +159,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     assert code == -9 or "go on with the same command and --resume" in done.stderr
-    assert len(Journal.read(tmp_path / "a/journal").records) == 4
+    assert len(Journal.read(tmp_path / "a/journal")) == 4
     _train(tiny, choice_data, tmp_path / "a", resume=True)
     assert (_values(tmp_path / "a") == _values(tmp_path / "whole")).all()
 

@@ -47,9 +47,9 @@ def test_the_journal_alone_gives_the_values(tiny: Path, choice_data: Path, tmp_p
     """Replayed in numpy from the file: v - lr * mean(g z), with z from the documented key and lr falling by 0.1%."""
     _train(tiny, choice_data, tmp_path / "a", learning_rate=1e-3, seed=9)
     journal = Journal.read(tmp_path / "a/journal")
-    assert [r.step for r in journal.records] == [1, 2, 3, 4, 5, 6]
+    assert [r.step for r in journal.records()] == [1, 2, 3, 4, 5, 6]
     values = np.array(read_index(tiny).initial_values(), np.float64)
-    for record in journal.records:
+    for record in journal.records():
         z = np.array(estimator.directions(9, record.step, 2, len(values)), np.float64)
         values -= 1e-3 * 0.999 ** (record.step - 1) * (record.projected[:, None] * z).mean(axis=0)
     assert np.abs(values - _values(tmp_path / "a")).max() < 1e-6
@@ -76,7 +76,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
     with pytest.raises(ZoError, match=r"the loss is not finite at step \d+: stopped; the state after step (\d+)"):
         _train(tiny, choice_data, out, iters=50, learning_rate=1e30)
     snapshot = adapter.read_snapshot(out)
-    assert snapshot.step == len(Journal.read(out / "journal").records)
+    assert snapshot.step == len(Journal.read(out / "journal"))
     assert np.isfinite(np.array(snapshot.values)).all()
 
 

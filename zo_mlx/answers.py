@@ -35,6 +35,11 @@ class Judge:
         longest = max((len(e.targets[0]) for d in datasets if d.kind == "tokens" for e in d.examples), default=0)
         self._max_tokens = max_tokens or longest
 
+    def check(self, head: Head) -> None:
+        """Raise UsageError if answers are to be generated, and the model cannot do that for many prompts at once."""
+        if self.generates and not head.continues:
+            raise UsageError("this model's answers cannot be generated in batches: it keeps more than keys and values")
+
     def choice_scores(self, scored: mx.array, branches: Sequence[Sequence[Example]]) -> mx.array:
         """The scores of the likeliest choices: (P, E, C) from `objective.scores` -> (P, E) float32."""
         winners = np.array(scored.argmax(axis=-1))

@@ -47,10 +47,22 @@ class BlockwiseModel:
         for block in self.blocks:
             block.__class__ = hooked[type(block)]
 
+    @classmethod
+    def of_chain(cls, model: nn.Module) -> "BlockwiseModel | None":
+        """A model whose blocks are a plain chain; None for another one, which is left as it is."""
+        blocks = cls(model)
+        if blocks.is_chain():
+            return blocks
+        blocks._let_go()
+        return None
+
     def __enter__(self) -> "BlockwiseModel":
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._let_go()
+
+    def _let_go(self) -> None:
         # Blocks refer to their class and that to this object: without an end to it, memory waits for the collector.
         for block, kind in zip(self.blocks, self._kinds, strict=True):
             block.__class__ = kind
@@ -107,10 +119,15 @@ class BlockwiseModel:
 
         return self._run(tokens, hook)
 
+    def ending_with(self, x: mx.array) -> contextlib.AbstractContextManager[None]:
+        """While it lasts, calls of the model leave out the blocks: x (B, T, H) is what comes out of the last one."""
+        last = len(self.blocks) - 1
+        return self._hooked_by(lambda i, call, passed, args, kwargs: x if i == last else passed)
+
     def head(self, tokens: mx.array, x: mx.array) -> mx.array:
         """Logits (B, T, V) of the last block's output x (B, T, H)."""
-        last = len(self.blocks) - 1
-        return self._run(tokens, lambda i, call, passed, args, kwargs: x if i == last else passed)
+        with self.ending_with(x):
+            return self.model(tokens)
 
     def is_chain(self) -> bool:
         """Whether all that links the blocks is that each gets the one before's output as its first argument."""

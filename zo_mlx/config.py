@@ -48,6 +48,11 @@ class TrainConfig:
         None, "Tokens in a forward pass at most; default: a step's, or what fits the memory limit.", least=1
     )
     iters: int = _setting(1000, "Steps to train for.", least=0)
+    gradient: str = _setting(
+        "zo",
+        "zo: estimated from forward passes; exact: by back-propagation, block by block, which takes more memory.",
+        choices=("zo", "exact"),
+    )
     objective: str = _setting(
         CROSS_ENTROPY,
         "What to train on: cross-entropy, or the score of the model's answers: accuracy, exact-match, f1, or "
@@ -59,7 +64,9 @@ class TrainConfig:
     learning_rate: float | str = _setting(
         "auto", "Initial learning rate, falls by 0.1% a step; auto: from the slopes seen so far.", least=0, word="auto"
     )
-    optimizer: str = _setting("sgd", "Optimizer of the trainable values.", choices=tuple(OPTIMIZERS))
+    optimizer: str | None = _setting(
+        None, "Optimizer of the trainable values; default: sgd, or adam for exact gradients.", choices=tuple(OPTIMIZERS)
+    )
     optimizer_config: dict[str, Any] | None = _setting(
         None, "mlx-lm's optimizer_config block: arguments by optimizer, e.g. its momentum (YAML only)."
     )
@@ -125,6 +132,11 @@ class TrainConfig:
             if (choices := f.metadata.get("choices")) and value not in choices:
                 raise UsageError(f"{f.name} must be one of {', '.join(choices)}, not {value}")
         check_objective(self.objective)
+        if self.gradient == "exact":
+            if self.objective != CROSS_ENTROPY:
+                raise UsageError(f"objective {self.objective} has no gradient: leave out --gradient exact")
+            if self.optimizer == "sgd" and self.lr_schedule is None and self.learning_rate == "auto":
+                raise UsageError("sgd with exact gradients has no automatic learning rate: give --learning-rate")
         if self.num_layers == 0:
             raise UsageError("num_layers must be at least 1, or -1 for all, not 0")
         if self.directions is not None and self.estimator == "two-sided":
@@ -188,7 +200,8 @@ def resolved(config: TrainConfig) -> TrainConfig:
     batch = config.batch_size
     halves = max(q for q in range(1, batch + 1) if batch % q == 0 and (q == 1 or q <= batch / 2))
     directions = config.directions or (halves if config.estimator == "two-sided" else ONE_SIDED_DIRECTIONS)
-    config = dataclasses.replace(config, directions=directions)
+    optimizer = config.optimizer or ("adam" if config.gradient == "exact" else "sgd")
+    config = dataclasses.replace(config, directions=directions, optimizer=optimizer)
     if config.lr_schedule is None and config.learning_rate != "auto":
         config.lr_schedule = {"name": "exponential_decay", "arguments": [config.learning_rate, RATE_FALL]}
     if config.lr_schedule is not None and config.epsilon == "auto":

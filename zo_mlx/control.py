@@ -8,6 +8,7 @@ then proportional to q / E[s^2], whatever the task and the scale of the weights.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -29,6 +30,8 @@ FIRST_EPSILON, DIFFERENCE = 1e-3, 0.02
 FARTHEST = 0.5
 # Of what such branches change, this share is a score's counterpart to NATS: how far out they lie is no longer small.
 SCORE_SHARE = 0.1
+# With exact gradients, the first step moves values by this share of their root mean square.
+EXACT_SHARE = 0.01
 # Slopes count for at most this many times the root of the mean square of those before.
 OUTLIER = 5.0
 # Losses are averaged over this many steps. An average above the lowest one by a quarter of it, and by this many
@@ -41,6 +44,16 @@ MOST_HALVINGS = 10
 def sgd_rate(square: float, directions: int, step: int, nats: float = NATS) -> float:
     """SGD's learning rate in a step (from 1), from the mean square of the slopes."""
     return nats * directions / square / (1 + (step - 1) / SLOWING)
+
+
+def exact_rate(origin: mx.array) -> Callable[[mx.array], mx.array]:
+    """Learning rates by step (from 0) for exact gradients and an optimizer that divides by their size.
+
+    Args:
+        origin: (K,) the values before the first step; a step moves them by a share of their root mean square.
+    """
+    first = EXACT_SHARE * mx.sqrt(mx.square(origin).mean())
+    return lambda step: first / (1 + step / SLOWING)
 
 
 class Control:

@@ -107,6 +107,8 @@ def evaluate(
     count = -1 if num_batches == -1 else num_batches * batch_size
     judge = Judge(metric, tokenizer, [dataset], max_tokens) if metric else None
     head = split_head(model, dataset.has_continuations or bool(judge and judge.generates))
+    if judge:
+        judge.check(head)
     return evaluate_dataset(head, dataset, batch_size, count, progress, judge)
 
 

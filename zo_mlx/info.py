@@ -96,8 +96,8 @@ def _adapter(directory: Path) -> dict[str, Any]:
         run = Journal.read(directory / JOURNAL)
         found |= {
             "journal": run.identity,
-            "steps": len(run.records),
-            "last_loss": run.records[-1].loss if run.records else None,
+            "steps": len(run),
+            "last_loss": next(run.records(len(run) - 1)).loss if len(run) else None,
             "config": run.header["config"],
             "fingerprints": run.header["fingerprints"],
         }

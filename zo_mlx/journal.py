@@ -5,10 +5,11 @@ import math
 import os
 import struct
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -19,8 +20,10 @@ FILE_NAME = "journal"
 MAGIC = b"ZOMLXJ1\n"
 _LENGTH = struct.Struct("<I")
 _CRC = struct.Struct("<I")
+_START = struct.Struct("<Qf")  # a record's step and loss
 _HEADER_LIMIT = 1 << 20
 _MOST_DIRECTIONS = 1 << 16
+_MOST_TRAINED = 1 << 32
 
 # Raised whenever the same journal would be replayed to other values: directions, update rule, schedules.
 VERSION = 1
@@ -28,7 +31,11 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Record:
-    """One step: its number (from 1), its loss, and its projected gradients, (q,) float32."""
+    """One step: its number (from 1), its loss, and its projected gradients.
+
+    They are (q,) float32; with exact gradients they are the slopes along each of the K values, (K,) float32 that are
+    bfloat16 numbers.
+    """
 
     step: int
     loss: float
@@ -45,16 +52,26 @@ class Journal:
 
     Attributes:
         header: what a replay needs: `config`, the run's settings, and `fingerprints` of what it was run on.
-        records: those in the file, in order.
     """
 
-    def __init__(self, path: Path, header: dict[str, Any], seed: int, records: list[Record], size: int):
-        self.path, self.header, self.records = path, header, records
+    def __init__(self, path: Path, header: dict[str, Any], seed: int, start: int, count: int):
+        self.path, self.header = path, header
         # Checksums are chained to the header's, so that a record of another journal is never taken for one of this.
         self._seed = seed
-        self._size = size  # bytes of header and whole records
-        self._layout = _layout(header)
+        self._start, self._count = start, count  # where records begin, and how many there are
+        self._layout = _Layout.of(header)
         self._fd: int | None = None
+
+    def __len__(self) -> int:
+        """The number of records."""
+        return self._count
+
+    def records(self, first: int = 0) -> Iterator[Record]:
+        """The records from a number (from 0) on, read from the file."""
+        with self.path.open("rb") as f:
+            f.seek(self._start + first * self._layout.size)
+            for _ in range(first, self._count):
+                yield self._layout.unpack(f.read(self._layout.size))
 
     @classmethod
     def create(cls, path: Path, header: dict[str, Any]) -> "Journal":
@@ -64,7 +81,7 @@ class Journal:
         prefix = MAGIC + _LENGTH.pack(len(content)) + content
         seed = zlib.crc32(prefix)
         write_atomically(path, lambda p: p.write_bytes(prefix + _CRC.pack(seed)))
-        return cls(path, header, seed, [], len(prefix) + _CRC.size)
+        return cls(path, header, seed, len(prefix) + _CRC.size, 0)
 
     @classmethod
     def read(cls, path: Path) -> "Journal":
@@ -74,41 +91,43 @@ class Journal:
             UsageError: no journal, one of another version, or one that is damaged before its last record.
         """
         try:
-            content = path.read_bytes()
+            with path.open("rb") as f:
+                return cls._checked(path, f, path.stat().st_size)
         except FileNotFoundError:
             raise UsageError(f"{path} is missing: {path.parent} holds no training run") from None
         except OSError as e:
             raise UsageError(f"{path} cannot be read: {e.strerror}") from None
-        start = len(MAGIC) + _LENGTH.size
-        if content[: len(MAGIC)] != MAGIC or len(content) < start:
+
+    @classmethod
+    def _checked(cls, path: Path, f: BinaryIO, size: int) -> "Journal":
+        """`read`, of an open file of this many bytes."""
+        start = f.read(len(MAGIC) + _LENGTH.size)
+        if start[: len(MAGIC)] != MAGIC or len(start) < len(MAGIC) + _LENGTH.size:
             raise UsageError(f"{path} is not a zo-mlx journal of a version this program reads")
-        (length,) = _LENGTH.unpack_from(content, len(MAGIC))
-        end = start + length
-        if length > _HEADER_LIMIT or len(content) < end + _CRC.size:
+        (length,) = _LENGTH.unpack_from(start, len(MAGIC))
+        if length > _HEADER_LIMIT or size < len(start) + length + _CRC.size:
             raise UsageError(f"{path} is damaged: its header is cut short")
-        seed = zlib.crc32(content[:end])
-        if _CRC.unpack_from(content, end)[0] != seed:
+        content = f.read(length)
+        seed = zlib.crc32(start + content)
+        if _CRC.unpack(f.read(_CRC.size))[0] != seed:
             raise UsageError(f"{path} is damaged: its header fails its checksum")
         try:
-            header = json.loads(content[start:end])
-            layout = _layout(header)
+            header = json.loads(content)
+            layout = _Layout.of(header)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise UsageError(f"{path} is damaged: its header is not one of zo-mlx ({type(e).__name__}: {e})") from None
         if header.get("version") != VERSION:
             raise UsageError(f"{path} has version {header.get('version')}, this zo-mlx replays version {VERSION}")
-        records: list[Record] = []
-        at = end + _CRC.size
-        while len(content) - at >= layout.size + _CRC.size:
-            body = content[at : at + layout.size]
-            (checksum,) = _CRC.unpack_from(content, at + layout.size)
-            step, loss, *projected = layout.unpack(body)
-            if checksum != zlib.crc32(body, seed) or step != len(records) + 1:
+        begin, count, each = f.tell(), 0, layout.size
+        while begin + (count + 1) * each <= size:
+            record = f.read(each)
+            (checksum,) = _CRC.unpack(record[-_CRC.size :])
+            if checksum != zlib.crc32(record[: -_CRC.size], seed) or _START.unpack_from(record)[0] != count + 1:
                 break
-            records.append(Record(step, loss, np.array(projected, np.float32)))
-            at += layout.size + _CRC.size
-        if len(content) - at > layout.size + _CRC.size:
-            raise UsageError(f"{path} is damaged at record {len(records) + 1}, which is not the last")
-        return cls(path, header, seed, records, at)
+            count += 1
+        if size - begin - count * each > each:
+            raise UsageError(f"{path} is damaged at record {count + 1}, which is not the last")
+        return cls(path, header, seed, begin, count)
 
     @property
     def identity(self) -> str:
@@ -118,19 +137,19 @@ class Journal:
     def append(self, record: Record) -> None:
         """Append a record and sync it to the disk: when this returns, the step counts."""
         assert self._fd is not None, "the journal is not open for appending"
-        body = self._layout.pack(record.step, record.loss, *record.projected.tolist())
+        body = self._layout.pack(record)
         content = body + _CRC.pack(zlib.crc32(body, self._seed))
         with reporting_disk_errors(self.path):
             if (written := os.write(self._fd, content)) != len(content):
                 raise ZoError(f"cannot write {self.path}: {written} of {len(content)} bytes fitted; is the disk full?")
             flush(self._fd)
-        self.records.append(record)
+        self._count += 1
 
     def open(self) -> "Journal":
         """Open for appending, without a torn last record; use the result as a context manager."""
         with reporting_disk_errors(self.path):
             self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND)
-            os.ftruncate(self._fd, self._size)
+            os.ftruncate(self._fd, self._start + self._count * self._layout.size)
         return self
 
     def __enter__(self) -> "Journal":
@@ -144,15 +163,42 @@ class Journal:
             self._fd = None
 
 
-def _layout(header: dict[str, Any]) -> struct.Struct:
-    """A record without its checksum: step (uint64), mean loss (float32), q projected gradients (float32).
+@dataclass(frozen=True)
+class _Layout:
+    """Records of `count` projected gradients, of 2 bytes each if they are exact, else 4."""
 
-    Raises ValueError, KeyError or TypeError for a header that is not a journal's.
-    """
-    directions = header["config"]["directions"]
-    if type(directions) is not int or not 1 <= directions <= _MOST_DIRECTIONS:
-        raise ValueError(f"{directions!r} directions")
-    prints = header["fingerprints"]
-    if not prints or not all(isinstance(v, str) for v in prints.values()):
-        raise ValueError(f"fingerprints {prints!r}")
-    return struct.Struct(f"<Qf{directions}f")
+    count: int
+    exact: bool
+
+    @classmethod
+    def of(cls, header: dict[str, Any]) -> "_Layout":
+        """From a journal's header. Raises ValueError, KeyError or TypeError for one that is no journal's."""
+        exact = header["config"].get("gradient") == "exact"
+        count = header["trained"] if exact else header["config"]["directions"]
+        most = _MOST_TRAINED if exact else _MOST_DIRECTIONS
+        if type(count) is not int or not 1 <= count <= most:
+            raise ValueError(f"{count!r} {'trained weights' if exact else 'directions'}")
+        prints = header["fingerprints"]
+        if not prints or not all(isinstance(v, str) for v in prints.values()):
+            raise ValueError(f"fingerprints {prints!r}")
+        return cls(count, exact)
+
+    @property
+    def size(self) -> int:
+        """Bytes of a record, its checksum included."""
+        return _START.size + (2 if self.exact else 4) * self.count + _CRC.size
+
+    def pack(self, record: Record) -> bytes:
+        """All but the checksum."""
+        slopes = record.projected.astype("<f4")
+        if self.exact:
+            slopes = (slopes.view("<u4") >> 16).astype("<u2")  # the upper halves: the lower ones are 0
+        return _START.pack(record.step, record.loss) + slopes.tobytes()
+
+    def unpack(self, content: bytes) -> Record:
+        """From a record with its checksum."""
+        slopes = np.frombuffer(content[_START.size : -_CRC.size], "<u2" if self.exact else "<f4")
+        if self.exact:
+            slopes = (slopes.astype("<u4") << 16).view("<f4")
+        step, loss = _START.unpack_from(content)
+        return Record(step, loss, slopes)

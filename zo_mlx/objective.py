@@ -4,8 +4,9 @@ Shapes: P branches, N rows of T tokens, R rows of L more tokens that go on from 
 E examples a branch, C choices, L target tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -140,26 +141,68 @@ def scores(head: Head, batch: Batch) -> mx.array:
     Returns:
         (P, E, C) float32; -inf where an example has fewer than C choices.
     """
-    if (rest := batch.continuations) is None:
-        states = head.hidden(batch.tokens)
-        states = states.reshape(-1, states.shape[-1])[mx.array(batch.positions)]
-    else:
-        both = head.continued(batch.tokens, rest.lengths, rest.tokens, rest.parents)
-        states = mx.concatenate([x.reshape(-1, x.shape[-1]) for x in both])[mx.array(batch.positions)]
+    states = target_states(head, batch)
     mx.eval(states)  # frees the activations of the pass before any logits are made
-    step = _rows_at_once(head, states)
     parts = []
+    for log_probabilities, rows in _pieces(head, states, batch):
+        parts.append(log_probabilities(states[rows]))
+        mx.eval(parts[-1])
+    return _summed(mx.concatenate(parts), batch)
+
+
+def states_gradient(head: Head, states: mx.array, batch: Batch, count: float) -> tuple[mx.array, mx.array]:
+    """The loss of one branch, and its gradient with respect to the states at the targets.
+
+    Args:
+        states: (M, H), from `target_states`.
+        count: as for `branch_losses`.
+
+    Returns:
+        The loss, (), and (M, H).
+    """
+    pieces = list(_pieces(head, states, batch))
+    found = mx.concatenate([log_probabilities(states[rows]) for log_probabilities, rows in pieces])
+    loss, back = mx.value_and_grad(lambda found: branch_losses(_summed(found, batch), batch, count).sum())(found)
+    mx.eval(loss, back)
+    gradients, done = [], 0
+    for log_probabilities, rows in pieces:
+        size = log_probabilities.keywords["at"].size
+        _, (gradient,) = mx.vjp(log_probabilities, [states[rows]], [back[done : done + size]])
+        mx.eval(gradient)
+        gradients.append(gradient)
+        done += size
+    return loss, mx.concatenate(gradients)
+
+
+def target_states(head: Head, batch: Batch) -> mx.array:
+    """The states that targets look at: (M, H)."""
+    if (rest := batch.continuations) is None:
+        states = [head.hidden(batch.tokens)]
+    else:
+        states = list(head.continued(batch.tokens, rest.lengths, rest.tokens, rest.parents))
+    return mx.concatenate([x.reshape(-1, x.shape[-1]) for x in states])[mx.array(batch.positions)]
+
+
+def _pieces(head: Head, states: mx.array, batch: Batch) -> Iterator[tuple[partial[mx.array], slice]]:
+    """Some rows of the states after the others, and what makes the log-probabilities of their targets from them."""
+    step = _rows_at_once(head, states)
     for start in range(0, len(states), step):
         first, last = np.searchsorted(batch.target_position, [start, start + step])
-        logits = head.logits(states[start : start + step]).astype(mx.float32)
         at = mx.array(batch.target_position[first:last] - start)
-        chosen = logits[at, mx.array(batch.target_token[first:last])]
-        parts.append(chosen - mx.logsumexp(logits, axis=-1)[at])
-        mx.eval(parts[-1])
-    log_probabilities = mx.concatenate([*parts, mx.zeros(1)])  # padding reads the last one
-    summed = log_probabilities[mx.array(batch.slots)].sum(axis=-1)
+        tokens = mx.array(batch.target_token[first:last])
+        yield partial(_log_probabilities, head=head, at=at, tokens=tokens), slice(start, start + step)
+
+
+def _log_probabilities(states: mx.array, head: Head, at: mx.array, tokens: mx.array) -> mx.array:
+    logits = head.logits(states).astype(mx.float32)
+    return logits[at, tokens] - mx.logsumexp(logits, axis=-1)[at]
+
+
+def _summed(log_probabilities: mx.array, batch: Batch) -> mx.array:
+    """(n,) of the targets -> (P, E, C) of the choices."""
+    padded = mx.concatenate([log_probabilities, mx.zeros(1)])  # padding reads the last one
     exists = mx.array(batch.slots[..., 0] < len(batch.target_token))
-    return mx.where(exists, summed, -mx.inf)
+    return mx.where(exists, padded[mx.array(batch.slots)].sum(axis=-1), -mx.inf)
 
 
 def greedy_tokens(head: Head, states: mx.array) -> np.ndarray:

@@ -9,7 +9,7 @@ from mlx.utils import tree_map
 from mlx_lm.tuner.utils import build_schedule
 
 from .config import OPTIMIZERS, TrainConfig
-from .control import MEASURED, MOST_HALVINGS, Control
+from .control import MEASURED, MOST_HALVINGS, Control, exact_rate
 from .estimator import gradient_estimate
 from .journal import Record
 from .metric import CROSS_ENTROPY
@@ -27,7 +27,7 @@ class Optimizer:
 
     Args:
         config: resolved; optimizer, its arguments, epsilon and the schedule of learning rates are read. Without a
-            schedule, `Control` chooses the rates.
+            schedule, `Control` chooses the rates, or for exact gradients `exact_rate`.
         origin: (K,) float32, the values before the first step.
 
     Attributes:
@@ -35,9 +35,12 @@ class Optimizer:
     """
 
     def __init__(self, config: TrainConfig, origin: mx.array):
+        assert config.optimizer is not None, "the settings are not resolved"
         kind = getattr(optim, OPTIMIZERS[config.optimizer])
         arguments = (config.optimizer_config or {}).get(config.optimizer, {})
         schedule = None if config.lr_schedule is None else build_schedule(config.lr_schedule)
+        if schedule is None and config.gradient == "exact":
+            schedule = exact_rate(origin)
         self._rule: optim.Optimizer = kind(schedule or 0.0, **arguments)
         self._rule.init({"values": origin})
         self._origin = origin
@@ -79,15 +82,21 @@ class Optimizer:
             }
         return None
 
-    def apply(self, values: mx.array, state: State, record: Record, z: mx.array) -> tuple[mx.array, State]:
-        """One update of (K,) values; z are the record's directions, (q, K). `state` is left as it is."""
+    def apply(
+        self, values: mx.array, state: State, record: Record, z: mx.array | None = None
+    ) -> tuple[mx.array, State]:
+        """One update of (K,) values. `state` is left as it is.
+
+        Args:
+            z: the record's directions, (q, K); None if its slopes are those along each of the K values.
+        """
         slopes, new = record.projected, {}
         self._rule.state = tree_map(lambda leaf: leaf, state["rule"])
         if self._control:
             slopes, control = self._control.observe(state["control"], record)
             rate = self._control.learning_rate(control, record, self._scale_free)
             self._rule.state["learning_rate"] = mx.array(self._share * rate)
-        gradient = gradient_estimate(mx.array(slopes), z)
+        gradient = mx.array(slopes) if z is None else gradient_estimate(mx.array(slopes), z)
         moved = self._rule.apply_gradients({"values": gradient}, {"values": values - self._origin})["values"]
         values = self._origin + moved
         if self._control:

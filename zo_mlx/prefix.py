@@ -34,6 +34,10 @@ class Prefix:
             tokens: (P * N, T) int32 of P branches, as `objective.collate` makes them.
             branches: their examples; objects that live as long as this one.
         """
+        return self._blocks.starting_at(self._first, self.states(tokens, branches))
+
+    def states(self, tokens: mx.array, branches: Sequence[Sequence[Example]]) -> mx.array:
+        """What goes into the first trained block, (P * N, T, H); arguments are those of `skipped`."""
         seen = [[id(e) for e in examples] for examples in branches]
         distinct = [b for b, ids in enumerate(seen) if ids not in seen[:b]]
         which = [seen[b] for b in distinct]
@@ -45,7 +49,7 @@ class Prefix:
             mx.eval(states)
             self._last = which, states
         states = self._last[1][mx.array([which.index(ids) for ids in seen])]
-        return self._blocks.starting_at(self._first, states.reshape(*tokens.shape, -1))
+        return states.reshape(*tokens.shape, -1)
 
     def _batched(self, rows: mx.array) -> mx.array:
         """(P, N, T) tokens -> (P, N, T, H)."""

@@ -19,16 +19,17 @@ from .data import Dataset, batch_order, load_dataset
 from .errors import Interrupted, UsageError, ZoError
 from .estimator import fisher_scale
 from .evaluate import Evaluation, evaluate_dataset
+from .exact import ExactGradient
 from .files import reporting_disk_errors, sha256
 from .head import split_head
 from .index import FILE_NAME as INDEX
 from .metric import CROSS_ENTROPY, Metric
 from .model import context_length, load_sparse
 from .objective import layout
-from .optimizer import Optimizer
+from .optimizer import Optimizer, State
 from .prefix import Prefix
 from .progress import Meter, Progress
-from .step import make_loss, replay, rows_of_step, step, tokens_that_fit
+from .step import exact_step, exact_tokens_that_fit, make_loss, replay, rows_of_step, step, tokens_that_fit
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -90,8 +91,10 @@ class Run:
         self.config = config = resolved(config)
         datasets = [d for d in (self.train_set, self.valid_set, self.test_set) if d is not None]
         self.judge = Judge(self.metric, self.tokenizer, datasets, config.max_tokens) if self.metric else None
-        generates = self.judge is not None and self.judge.generates
-        self.head = split_head(self.sparse.model, generates or any(d.has_continuations for d in datasets))
+        continuing = any(d.has_continuations for d in datasets)
+        self.head = split_head(self.sparse.model, continuing or bool(self.judge and self.judge.generates))
+        if self.judge:
+            self.judge.check(self.head)
         self.sparse.check_branches()
         self.model_prints = {"base_model": index.metadata["base_model"], "index": sha256(model / INDEX)}
         self.prints = {
@@ -106,13 +109,13 @@ class Run:
         last = blocks if config.num_layers == -1 else config.num_layers
         self.trained = mx.array(self.sparse.train_last(last, self.all_values))
         self.values = self.all_values[self.trained]
+        self.blocks = None
+        if 0 < self.sparse.first_block < blocks or config.gradient == "exact":
+            self.blocks = BlockwiseModel.of_chain(self.sparse.model)
+            if self.blocks is None:
+                self.warn("the model's blocks are not a plain chain: none is left out, or computed by itself")
         if config.memory_limit is not None and config.tokens_at_once is None:
-            longest = max(self.train_set.examples, key=lambda e: e.length)
-            limit = int(config.memory_limit * 1e9)
-            fit, least = tokens_that_fit(limit, self.sparse, self.head, self.values, longest, config, self.judge)
-            if least > limit:
-                self.warn(f"--memory-limit: the longest example alone takes {least / 1e9:.3f} GB")
-            config.tokens_at_once = fit
+            config.tokens_at_once = self.tokens_that_fit(int(config.memory_limit * 1e9))
         scores = np.concatenate([tensor.scores for tensor in index.tensors.values()])
         self.scale = fisher_scale(mx.array(scores)[self.trained], config.precondition)
         self.optimizer = Optimizer(config, self.values)
@@ -131,11 +134,23 @@ class Run:
             self.warn(f"{path}: {dataset.truncated} sequences are longer than {self.longest} tokens and were cut")
         return dataset
 
+    def tokens_that_fit(self, limit: int) -> int:
+        """How many tokens may go through the model together within a limit in bytes."""
+        config, longest = self.config, max(self.train_set.examples, key=lambda e: e.length)
+        if config.gradient == "exact":
+            gradient = ExactGradient(self.sparse, self.head, self.blocks)
+            fit, least = exact_tokens_that_fit(limit, gradient, self.values, longest, config.batch_size)
+        else:
+            fit, least = tokens_that_fit(limit, self.sparse, self.head, self.values, longest, config, self.judge)
+        if least > limit:
+            self.warn(f"--memory-limit: the longest example alone takes {least / 1e9:.3f} GB")
+        return fit
+
     def start(self) -> None:
         """Begin a new run in the adapter directory, in place of any old one."""
         with reporting_disk_errors(self.directory):
             adapter.remove_run(self.directory)
-        header = {"config": asdict(self.config), "fingerprints": self.prints}
+        header = {"config": asdict(self.config), "fingerprints": self.prints, "trained": self.values.size}
         self.journal = journal.Journal.create(self.directory / journal.FILE_NAME, header)
 
     def resume(self, past: journal.Journal) -> None:
@@ -150,14 +165,14 @@ class Run:
             snapshot = adapter.read_snapshot(self.directory)
         except UsageError:
             snapshot = None  # the journal alone suffices
-        if snapshot and snapshot.journal == past.identity and snapshot.step <= len(past.records):
+        if snapshot and snapshot.journal == past.identity and snapshot.step <= len(past):
             state = adapter.read_optimizer_state(self.directory, snapshot, like=self.state)
             if state is not None and snapshot.values.shape == self.all_values.shape:
                 self.values, self.state, self.done = snapshot.values[self.trained], state, snapshot.step
         self.values, self.state = replay(
-            self.optimizer, self.values, self.state, past.records[self.done :], self.config, self.scale
+            self.optimizer, self.values, self.state, past.records(self.done), self.config, self.scale
         )
-        self.done = len(past.records)
+        self.done = len(past)
         best = adapter.read_best(self.directory, past.identity)
         self.best = best if best and best.iteration <= self.done else None
 
@@ -169,16 +184,22 @@ class Run:
             self.epoch = epoch, order
         return [self.train_set.examples[i] for i in self.epoch[1][position]]
 
-    def prefix(self) -> Prefix | None:
-        """What computes the blocks before the first trained one, if there are any."""
-        first, size = self.sparse.first_block, self.config.cache_prefix
-        if not 0 < first < len(self.sparse.model.layers):
-            return None
-        blocks = BlockwiseModel(self.sparse.model)
-        if blocks.is_chain():
-            return Prefix(blocks, first, None if size is None else int(size * 1e9))
-        self.warn("the model's blocks are not a plain chain: the untrained ones are computed for every branch")
-        return None
+    def step_function(self) -> Callable[[list[Any], int], tuple[mx.array, State, journal.Record]]:
+        """What takes the next step: from examples and its number, to new values, new state, and its record."""
+        config, first = self.config, self.sparse.first_block
+        prefix = None
+        if self.blocks and first > 0:
+            size = None if config.cache_prefix is None else int(config.cache_prefix * 1e9)
+            prefix = Prefix(self.blocks, first, size)
+        if config.gradient == "exact":
+            gradient = ExactGradient(self.sparse, self.head, self.blocks, prefix, config.tokens_at_once)
+            return lambda examples, number: exact_step(
+                gradient, self.optimizer, self.values, self.state, examples, number
+            )
+        loss = make_loss(self.sparse, self.head, prefix, config.tokens_at_once, self.judge)
+        return lambda examples, number: step(
+            loss, self.optimizer, self.values, self.state, examples, number, config, self.scale
+        )
 
     def evaluate(self, dataset: Dataset, batches: int) -> Evaluation:
         self.sparse.set_values(self.values[None])
@@ -222,7 +243,7 @@ class Run:
         weights = mx.get_active_memory()
         before = after = self.validate()
         mx.reset_peak_memory()
-        loss = make_loss(self.sparse, self.head, self.prefix(), config.tokens_at_once, self.judge)
+        take = self.step_function()
         meter = Meter()
         peak = 0
         try:
@@ -233,9 +254,7 @@ class Run:
                         break
                     started = time.perf_counter()
                     examples = self.examples(number)
-                    values, state, record = step(
-                        loss, self.optimizer, self.values, self.state, examples, number, config, self.scale
-                    )
+                    values, state, record = take(examples, number)
                     if not (mx.isfinite(values).all() and (record.is_finite or self.optimizer.can_go_on(state))):
                         raise ZoError(
                             f"the loss is not finite at step {number}: stopped; the state after step {self.done} "

@@ -178,6 +178,14 @@ class SparseModel:
         self._ends = np.cumsum([end - start for _, start, end in kept]).tolist()
         return np.concatenate([np.arange(start, end, dtype=np.uint32) for _, start, end in kept])
 
+    def spans(self) -> dict[int, list[tuple[SparseLinear | SparseSwitchLinear, int, int]]]:
+        """By block: its layers, and where their values begin and end."""
+        found: dict[int, list[tuple[SparseLinear | SparseSwitchLinear, int, int]]] = {}
+        starts = [0, *self._ends[:-1]]
+        for number, *span in zip(self._block_numbers(), self._layers, starts, self._ends, strict=True):
+            found.setdefault(number, []).append(tuple(span))  # type: ignore[arg-type]
+        return found
+
     @property
     def first_block(self) -> int:
         """The number of the first block with trainable weights."""

@@ -1,7 +1,7 @@
 """One training step: a function of values, optimizer state, examples, step number and settings."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -10,6 +10,7 @@ from . import estimator
 from .answers import Judge
 from .config import TrainConfig
 from .data import Example
+from .exact import ExactGradient
 from .head import Head
 from .journal import Record
 from .memory import peak_of, with_margin
@@ -75,6 +76,8 @@ def make_loss(
 
 def rows_of_step(config: TrainConfig) -> int:
     """How many examples a step evaluates, each branch's counted."""
+    if config.gradient == "exact":
+        return config.batch_size
     assert config.directions is not None, "the settings are not resolved"
     shares = estimator.ESTIMATORS[config.estimator].shares(range(config.batch_size), config.directions)
     return sum(map(len, shares))
@@ -89,11 +92,7 @@ def tokens_that_fit(
     config: TrainConfig,
     judge: Judge | None = None,
 ) -> tuple[int, int]:
-    """How many tokens a forward pass may have within a limit in bytes, weights included: measured.
-
-    Passes of twice as many rows are tried until one takes too much, or the whole step fits. In between, a straight line
-    is on the safe side: small passes take little more than a layer's weights, larger ones more for each token. What
-    shorter examples take is less.
+    """How many tokens a forward pass of `make_loss` may have within a limit in bytes, weights included: measured.
 
     Args:
         values: (K,) that are trained.
@@ -102,7 +101,7 @@ def tokens_that_fit(
         judge: as for `make_loss`.
 
     Returns:
-        Tokens, which may be fewer than an example's; and the bytes that a pass takes with an example at a time.
+        As `_largest_that_fits`.
     """
     assert config.directions is not None, "the settings are not resolved"
     method = estimator.ESTIMATORS[config.estimator]
@@ -117,7 +116,37 @@ def tokens_that_fit(
         return peak_of(lambda: mx.eval(loss(branches[:count], shares)))
 
     most = size * (len(branches) if sparse.stackable else 1)
-    aim, row = with_margin(limit), layout([[longest]], head.continues)[0]
+    return _largest_that_fits(limit, layout([[longest]], head.continues)[0], most, peak)
+
+
+def exact_tokens_that_fit(
+    limit: int, gradient: ExactGradient, values: mx.array, longest: Example, batch_size: int
+) -> tuple[int, int]:
+    """`tokens_that_fit` for `exact_step`; `gradient` has no limit of its own."""
+
+    def peak(rows: int, tokens_at_once: int | None = None) -> int:
+        return peak_of(lambda: mx.eval(gradient(values, [longest] * rows)[1]))
+
+    return _largest_that_fits(limit, layout([[longest]], False)[0], batch_size, peak)
+
+
+def _largest_that_fits(limit: int, row: int, most: int, peak: Callable[..., int]) -> tuple[int, int]:
+    """How many tokens may go through the model together.
+
+    Passes of twice as many rows are tried until one takes too much, or the whole step fits. In between, a straight line
+    is on the safe side: small passes take little more than a layer's weights, larger ones more for each token. What
+    shorter examples take is less.
+
+    Args:
+        limit: in bytes.
+        row: tokens of the longest example.
+        most: examples in a step.
+        peak: from a number of the longest example, and maybe `tokens_at_once`, to bytes.
+
+    Returns:
+        Tokens, which may be fewer than an example's; and the bytes that a pass takes with an example at a time.
+    """
+    aim = with_margin(limit)
     fit, taken = row, (alone := peak(1, tokens_at_once=1))
     if alone > aim:
         return 1, alone
@@ -164,16 +193,34 @@ def step(
     return *optimizer.apply(values, state, record, z), record
 
 
+def exact_step(
+    gradient: ExactGradient,
+    optimizer: Optimizer,
+    values: mx.array,
+    state: State,
+    examples: Sequence[Example],
+    number: int,
+) -> tuple[mx.array, State, Record]:
+    """`step` with the exact gradient, which is rounded to bfloat16: the record holds the slope along each value."""
+    loss, exact = gradient(values, examples)
+    rounded = exact.astype(mx.bfloat16).astype(mx.float32)
+    record = Record(number, loss, np.array(rounded))
+    return *optimizer.apply(values, state, record), record
+
+
 def replay(
     optimizer: Optimizer,
     values: mx.array,
     state: State,
-    records: Sequence[Record],
+    records: Iterable[Record],
     config: TrainConfig,
     scale: mx.array | None = None,
 ) -> tuple[mx.array, State]:
     """Repeat the updates of some consecutive steps from their records alone."""
     for record in records:
-        z = estimator.directions(config.seed, record.step, len(record.projected), values.size, config.law, scale)
+        if config.gradient == "exact":
+            z = None
+        else:
+            z = estimator.directions(config.seed, record.step, len(record.projected), values.size, config.law, scale)
         values, state = optimizer.apply(values, state, record, z)
     return values, state

@@ -1,0 +1,181 @@
+"""Exact gradients of the values, against `mx.grad` of stock mlx-lm models with dense weights."""
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+import numpy as np
+import pytest
+from conftest import dense_weights, write_jsonl
+from mlx.utils import tree_unflatten
+from test_train import FAST, _values
+
+import zo_mlx
+from zo_mlx import adapter
+from zo_mlx.blocks import BlockwiseModel
+from zo_mlx.config import TrainConfig, resolved
+from zo_mlx.data import Example, load_dataset
+from zo_mlx.errors import UsageError
+from zo_mlx.exact import ExactGradient
+from zo_mlx.head import split_head
+from zo_mlx.index import read_index
+from zo_mlx.journal import Journal
+from zo_mlx.model import load_sparse
+from zo_mlx.optimizer import Optimizer
+from zo_mlx.prefix import Prefix
+from zo_mlx.step import exact_step
+
+TEXTS = ["one short text", "another text, which is longer than the first one", "x y"]
+
+
+def dense_gradient(path: Path, values: np.ndarray, examples: list[Example]) -> tuple[float, np.ndarray]:
+    """Loss and gradient of the values, from all gradients of the dense weights of the stock model, row by row."""
+    model, _ = mlx_lm.load(str(path))
+    model.set_dtype(mx.float32)
+    weights = dense_weights(model)
+    for name, module in model.named_modules():
+        if name in weights:
+            parent, _, last = name.rpartition(".")
+            layer = nn.Linear(*reversed(weights[name].shape), bias="bias" in module)
+            layer.weight = weights[name]
+            dict(model.named_modules())[parent][last] = layer
+    index, start = read_index(path), 0
+    for name, tensor in index.tensors.items():
+        flat = np.array(weights[name]).ravel()
+        flat[tensor.indices] = values[start : start + tensor.size]
+        weights[name] = mx.array(flat.reshape(weights[name].shape))
+        start += tensor.size
+    own = {name: weights[name] for name in index.tensors}
+
+    def loss(own: dict[str, mx.array]) -> mx.array:
+        model.update(tree_unflatten([(f"{name}.weight", w) for name, w in own.items()]))
+        total, count = mx.array(0.0), 0
+        for e in examples:
+            rows = [nn.log_softmax(model(mx.array([row]))[0], axis=-1) for row in e.rows]
+            found = [sum(rows[t.row][t.position, t.token] for t in choice) for choice in e.targets]
+            if e.label is None:
+                total, count = total - found[0], count + len(e.targets[0])
+            else:
+                total, count = total + mx.logsumexp(mx.stack(found)) - found[e.label], count + 1
+        return total / count
+
+    value, gradients = mx.value_and_grad(loss)(own)
+    parts = [np.array(gradients[name]).ravel()[tensor.indices] for name, tensor in index.tensors.items()]
+    return float(value), np.concatenate(parts)
+
+
+@pytest.fixture
+def examples(spread: Path, choice_data: Path, tmp_path: Path) -> dict[str, list[Example]]:
+    """Choices of one and of several rows, and texts."""
+    _, tokenizer = zo_mlx.load(spread)
+    choices = load_dataset(choice_data / "train.jsonl", tokenizer, 99).examples[:5]
+    long = {"prompt": "a much longer prompt:", "completion": " yes", "choices": [" yes", " never", " no"]}
+    choices += load_dataset(write_jsonl(tmp_path / "long.jsonl", [long]), tokenizer, 99).examples
+    texts = load_dataset(write_jsonl(tmp_path / "texts.jsonl", [{"text": t} for t in TEXTS]), tokenizer, 99).examples
+    return {"choices": choices, "texts": texts}
+
+
+@pytest.mark.parametrize("tokens_at_once", [None, 40, 1])
+@pytest.mark.parametrize("by_block", [True, False])
+@pytest.mark.parametrize("kind", ["choices", "texts"])
+def test_it_is_the_gradient_of_the_dense_model(
+    kind: str,
+    by_block: bool,
+    tokens_at_once: int | None,
+    spread: Path,
+    examples: dict[str, list[Example]],
+) -> None:
+    sparse, _, index, _ = load_sparse(spread)
+    values = index.initial_values() + 0.02 * mx.random.normal((sparse.size,), key=mx.random.key(1))
+    loss, expected = dense_gradient(spread, np.array(values), examples[kind])
+    blocks = BlockwiseModel(sparse.model) if by_block else None
+    gradient = ExactGradient(sparse, split_head(sparse.model), blocks, tokens_at_once=tokens_at_once)
+    got_loss, got = gradient(values, examples[kind])
+    assert got_loss == pytest.approx(loss, rel=1e-5)
+    assert np.abs(np.array(got) - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("cache_bytes", [None, 1 << 30])
+def test_of_the_last_blocks_alone(
+    cache_bytes: int | None,
+    spread: Path,
+    examples: dict[str, list[Example]],
+) -> None:
+    sparse, _, index, _ = load_sparse(spread)
+    everything = index.initial_values()
+    _, expected = dense_gradient(spread, np.array(everything), examples["choices"])
+    trained = sparse.train_last(1, everything)
+    blocks = BlockwiseModel(sparse.model)
+    prefix = Prefix(blocks, sparse.first_block, cache_bytes)
+    _, got = ExactGradient(sparse, split_head(sparse.model), blocks, prefix)(
+        everything[mx.array(trained)], examples["choices"]
+    )
+    assert np.abs(np.array(got) - expected[trained]).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_the_record_holds_the_gradient_in_bfloat16(spread: Path, examples: dict[str, list[Example]]) -> None:
+    sparse, _, index, _ = load_sparse(spread)
+    values = index.initial_values()
+    update = Optimizer(resolved(TrainConfig(gradient="exact", optimizer="sgd", learning_rate=0.5)), values)
+    gradient = ExactGradient(sparse, split_head(sparse.model), BlockwiseModel(sparse.model))
+    moved, _, record = exact_step(gradient, update, values, update.state, examples["texts"], 1)
+    exact = np.array(gradient(values, examples["texts"])[1])
+    assert np.abs(record.projected - exact).max() > 0
+    np.testing.assert_allclose(record.projected, exact, rtol=2**-8)
+    np.testing.assert_allclose(np.array(moved), np.array(values) - 0.5 * record.projected, rtol=1e-6)
+
+
+def _train(tiny: Path, data: Path, out: Path, **changes: Any) -> zo_mlx.TrainResult:
+    settings = {**FAST, "model": str(tiny), "data": str(data), "adapter_path": str(out), "gradient": "exact"}
+    return zo_mlx.train(**{**settings, **changes})
+
+
+def test_training_with_the_defaults(tiny: Path, choice_data: Path, tmp_path: Path) -> None:
+    before = zo_mlx.evaluate(*zo_mlx.load(tiny), choice_data / "train.jsonl", progress=False)
+    _train(tiny, choice_data, tmp_path / "a", iters=60)
+    after = zo_mlx.evaluate(*zo_mlx.load(tiny, tmp_path / "a"), choice_data / "train.jsonl", progress=False)
+    assert after.loss < 0.3 * before.loss
+
+
+@pytest.mark.parametrize("keep", ["everything", "journal"])
+def test_resuming_is_bit_identical(keep: str, tiny: Path, choice_data: Path, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    _train(tiny, choice_data, whole)
+    _train(tiny, choice_data, parts, iters=4)
+    if keep == "journal":
+        adapter.remove_run(parts)
+    # As if the machine had died in the middle of writing a step.
+    with (parts / "journal").open("ab") as f:
+        f.write(b"torn")
+    _train(tiny, choice_data, parts, resume=True)
+    assert (_values(parts) == _values(whole)).all()
+    records = [list(Journal.read(d / "journal").records()) for d in (whole, parts)]
+    assert [(r.step, r.loss, r.projected.tolist()) for r in records[0]] == [
+        (r.step, r.loss, r.projected.tolist()) for r in records[1]
+    ]
+
+
+def test_a_journal_of_exact_gradients_in_numpy(tiny: Path, choice_data: Path, tmp_path: Path) -> None:
+    """The format of docs/formats.md, and its replay with SGD, whose rate falls by 0.1% a step."""
+    _train(tiny, choice_data, tmp_path / "a", optimizer="sgd", learning_rate=0.1, iters=3)
+    content = (tmp_path / "a/journal").read_bytes()
+    values = np.array(read_index(tiny).initial_values())
+    size = 8 + 4 + 2 * values.size + 4
+    assert Journal.read(tmp_path / "a/journal").header["trained"] == values.size
+    for n in range(3):
+        record = content[len(content) - (3 - n) * size :][:size]
+        halves = np.frombuffer(record[12:-4], "<u2")
+        values = values - np.float32(0.1 * 0.999**n) * (halves.astype(np.uint32) << 16).view(np.float32)
+    np.testing.assert_allclose(_values(tmp_path / "a"), values, atol=1e-6)
+
+
+def test_what_does_not_go_together(tiny: Path, choice_data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="objective accuracy has no gradient"):
+        _train(tiny, choice_data, tmp_path / "a", objective="accuracy")
+    with pytest.raises(UsageError, match="give --learning-rate"):
+        _train(tiny, choice_data, tmp_path / "a", optimizer="sgd")
+    _train(tiny, choice_data, tmp_path / "a", iters=2)
+    with pytest.raises(UsageError, match="gradient was exact"):
+        _train(tiny, choice_data, tmp_path / "a", gradient="zo", resume=True)
