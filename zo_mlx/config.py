@@ -9,7 +9,7 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -19,6 +19,8 @@ from mlx_lm.tuner.utils import build_schedule
 from .errors import UsageError
 from .estimator import ESTIMATORS, LAWS
 from .metric import CROSS_ENTROPY, check_objective
+
+T = TypeVar("T")
 
 # Of `mlx.optimizers`; those made for matrices, like Muon, have nothing to work on in a vector of values.
 OPTIMIZERS = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "lion": "Lion"}
@@ -36,7 +38,7 @@ class TrainConfig:
     data: str = _setting("data", "Directory with {train, valid, test}.jsonl files.")
     adapter_path: str = _setting("adapters", "Directory for the result.")
     seed: int = _setting(0, "Decides data order and directions.", least=0)
-    batch_size: int = _setting(4, "Examples per step.", least=1)
+    batch_size: int | None = _setting(None, "Examples per step; default: 4, or 16 for exact gradients.", least=1)
     num_layers: int = _setting(-1, "Train the sensitive weights of this many last blocks, -1 for all.", least=-1)
     cache_prefix: float | None = _setting(
         None, "GB of the untrained first blocks' results to keep for later epochs.", least=0
@@ -140,7 +142,7 @@ class TrainConfig:
         if self.num_layers == 0:
             raise UsageError("num_layers must be at least 1, or -1 for all, not 0")
         if self.directions is not None and self.estimator == "two-sided":
-            self.directions = math.gcd(self.directions, self.batch_size)
+            self.directions = math.gcd(self.directions, self.batch_size or ZO_BATCH)
         if self.lr_schedule is not None:
             try:
                 self.lr_schedule = json.loads(json.dumps(self.lr_schedule))  # as the journal will give it back
@@ -176,6 +178,9 @@ def check_range(name: str, value: float, least: float, most: float = _MOST) -> N
 # geometric fall does not depend on the number of steps, so that a run can be made longer.
 RATE_FALL = 0.999
 
+# A step with exact gradients reads the weights three times whatever the batch.
+ZO_BATCH, EXACT_BATCH = 4, 16
+
 # With the loss at the values, 8 branches: a direction costs a seventh more than one of infinitely many would.
 ONE_SIDED_DIRECTIONS = 7
 
@@ -191,17 +196,23 @@ def value_type(field: dataclasses.Field[Any]) -> type:
     return typing.get_origin(kind) or kind
 
 
+def filled(value: T | None) -> T:
+    """A setting that `resolved` has filled in."""
+    assert value is not None, "the settings are not resolved"
+    return value
+
+
 def resolved(config: TrainConfig) -> TrainConfig:
     """Fill in the settings whose defaults depend on others; `config` is checked.
 
     Where the batch is divided, as many directions as leave two examples to each: more directions average more of their
     noise away, but a share of one example pulls towards that example's label. See docs/numbers.md.
     """
-    batch = config.batch_size
+    batch = config.batch_size or (EXACT_BATCH if config.gradient == "exact" else ZO_BATCH)
     halves = max(q for q in range(1, batch + 1) if batch % q == 0 and (q == 1 or q <= batch / 2))
     directions = config.directions or (halves if config.estimator == "two-sided" else ONE_SIDED_DIRECTIONS)
     optimizer = config.optimizer or ("adam" if config.gradient == "exact" else "sgd")
-    config = dataclasses.replace(config, directions=directions, optimizer=optimizer)
+    config = dataclasses.replace(config, batch_size=batch, directions=directions, optimizer=optimizer)
     if config.lr_schedule is None and config.learning_rate != "auto":
         config.lr_schedule = {"name": "exponential_decay", "arguments": [config.learning_rate, RATE_FALL]}
     if config.lr_schedule is not None and config.epsilon == "auto":

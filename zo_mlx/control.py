@@ -30,8 +30,8 @@ FIRST_EPSILON, DIFFERENCE = 1e-3, 0.02
 FARTHEST = 0.5
 # Of what such branches change, this share is a score's counterpart to NATS: how far out they lie is no longer small.
 SCORE_SHARE = 0.1
-# With exact gradients, the first step moves values by this share of their root mean square.
-EXACT_SHARE = 0.01
+# With exact gradients, the first steps move each value by about this share of their root mean square.
+EXACT_SHARE = 0.0025
 # Slopes count for at most this many times the root of the mean square of those before.
 OUTLIER = 5.0
 # Losses are averaged over this many steps. An average above the lowest one by a quarter of it, and by this many

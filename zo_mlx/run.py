@@ -14,7 +14,7 @@ from . import adapter, journal
 from .adapter import Best
 from .answers import Judge
 from .blocks import BlockwiseModel
-from .config import TrainConfig, resolved
+from .config import TrainConfig, filled, resolved
 from .data import Dataset, batch_order, load_dataset
 from .errors import Interrupted, UsageError, ZoError
 from .estimator import fisher_scale
@@ -83,12 +83,12 @@ class Run:
         if self.valid_set is None:
             self.warn(f"{data / 'valid.jsonl'} is missing: training goes on without validation")
         self.test_set = self.load_data(data / "test.jsonl") if config.test else None
-        if len(self.train_set) < config.batch_size:
-            raise UsageError(
-                f"{data / 'train.jsonl'} has {len(self.train_set)} examples, "
-                f"fewer than --batch-size {config.batch_size}"
-            )
         self.config = config = resolved(config)
+        self.batch_size = filled(config.batch_size)
+        if len(self.train_set) < self.batch_size:
+            raise UsageError(
+                f"{data / 'train.jsonl'} has {len(self.train_set)} examples, fewer than --batch-size {self.batch_size}"
+            )
         datasets = [d for d in (self.train_set, self.valid_set, self.test_set) if d is not None]
         self.judge = Judge(self.metric, self.tokenizer, datasets, config.max_tokens) if self.metric else None
         continuing = any(d.has_continuations for d in datasets)
@@ -139,7 +139,7 @@ class Run:
         config, longest = self.config, max(self.train_set.examples, key=lambda e: e.length)
         if config.gradient == "exact":
             gradient = ExactGradient(self.sparse, self.head, self.blocks)
-            fit, least = exact_tokens_that_fit(limit, gradient, self.values, longest, config.batch_size)
+            fit, least = exact_tokens_that_fit(limit, gradient, self.values, longest, self.batch_size)
         else:
             fit, least = tokens_that_fit(limit, self.sparse, self.head, self.values, longest, config, self.judge)
         if least > limit:
@@ -178,9 +178,9 @@ class Run:
 
     def examples(self, number: int) -> list[Any]:
         """The examples of step `number`, a function of (data, seed, number)."""
-        epoch, position = divmod(number - 1, len(self.train_set) // self.config.batch_size)
+        epoch, position = divmod(number - 1, len(self.train_set) // self.batch_size)
         if self.epoch[0] != epoch:
-            order = batch_order(self.train_set.examples, self.config.batch_size, self.config.seed, epoch)
+            order = batch_order(self.train_set.examples, self.batch_size, self.config.seed, epoch)
             self.epoch = epoch, order
         return [self.train_set.examples[i] for i in self.epoch[1][position]]
 
@@ -207,7 +207,7 @@ class Run:
         if tokens is not None:
             longest = max(layout([[e]], self.head.continues)[0] for e in dataset.examples)
             size = max(1, min(size, tokens // longest))
-        count = -1 if batches == -1 else batches * self.config.batch_size
+        count = -1 if batches == -1 else batches * self.batch_size
         return evaluate_dataset(self.head, dataset, size, count, self.progress, self.judge)
 
     def validate(self) -> Evaluation | None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from . import estimator
 from .answers import Judge
-from .config import TrainConfig
+from .config import TrainConfig, filled
 from .data import Example
 from .exact import ExactGradient
 from .head import Head
@@ -77,9 +77,8 @@ def make_loss(
 def rows_of_step(config: TrainConfig) -> int:
     """How many examples a step evaluates, each branch's counted."""
     if config.gradient == "exact":
-        return config.batch_size
-    assert config.directions is not None, "the settings are not resolved"
-    shares = estimator.ESTIMATORS[config.estimator].shares(range(config.batch_size), config.directions)
+        return filled(config.batch_size)
+    shares = estimator.ESTIMATORS[config.estimator].shares(range(filled(config.batch_size)), filled(config.directions))
     return sum(map(len, shares))
 
 
@@ -103,11 +102,11 @@ def tokens_that_fit(
     Returns:
         As `_largest_that_fits`.
     """
-    assert config.directions is not None, "the settings are not resolved"
     method = estimator.ESTIMATORS[config.estimator]
-    z = mx.ones((config.directions, values.size), mx.int8)
+    directions = filled(config.directions)
+    z = mx.ones((directions, values.size), mx.int8)
     branches = method.branches(values, z, 1e-3)
-    size = len(method.shares([longest] * config.batch_size, config.directions)[0])
+    size = len(method.shares([longest] * filled(config.batch_size), directions)[0])
 
     def peak(rows: int, tokens_at_once: int | None = None) -> int:
         loss = make_loss(sparse, head, tokens_at_once=tokens_at_once, judge=judge)
@@ -183,8 +182,7 @@ def step(
     Returns:
         The new values and state, and the record from which `replay` gives them again.
     """
-    assert config.directions is not None, "the settings are not resolved"
-    z = estimator.directions(config.seed, number, config.directions, values.size, config.law, scale)
+    z = estimator.directions(config.seed, number, filled(config.directions), values.size, config.law, scale)
     mx.eval(z)  # every layer reads its part of them
     method, epsilon = estimator.ESTIMATORS[config.estimator], optimizer.epsilon(state)
     losses = loss(method.branches(values, z, epsilon), method.shares(examples, len(z)))

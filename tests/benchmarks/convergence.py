@@ -3,11 +3,11 @@
     python tests/benchmarks/convergence.py --data DIR [--tasks sst2,trec] [--arms default,spsa-0.0002] [--seeds 0,1]
         [--rows 9600] [--results FILE] [--plot FILE]
 
-DIR holds a directory of JSON lines for each task. The budget is rows of the batch that went forward (LoRA's count
-three times, for the backward pass), so that arms compare: SPSA with batches of 16 takes 32 a step, 600 passes of its
-batch are 9600. Validation is at 1/9, 1/3, 2/3 and all of the budget, on the first `--valid` examples. Results go to a
-file of JSON lines, one for each arm, task and seed; what is there is not run again. An arm with `mask` or `density`
-needs the model converted so, which is done once, in `--work`.
+DIR holds a directory of JSON lines for each task. The budget is rows of the batch that went forward (those of LoRA and
+of exact gradients count three times, for the backward pass), so that arms compare: SPSA with batches of 16 takes 32 a
+step, 600 passes of its batch are 9600. Validation is at 1/9, 1/3, 2/3 and all of the budget, on the first `--valid`
+examples. Results go to a file of JSON lines, one for each arm, task and seed; what is there is not run again. An arm
+with `mask` or `density` needs the model converted so, which is done once, in `--work`.
 """
 
 import zo_mlx  # isort: skip  # noqa: F401  (first, so that MLX gets a fast BLAS)
@@ -23,7 +23,7 @@ from typing import Any
 from baselines import dense_model, lora_step
 from matplotlib.figure import Figure
 
-from zo_mlx.config import resolved
+from zo_mlx.config import filled, resolved
 from zo_mlx.data import batch_order, load_dataset
 from zo_mlx.evaluate import evaluate_dataset
 from zo_mlx.head import split_head
@@ -58,6 +58,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "density-1e-4": {"density": 1e-4},
     "density-1e-2": {"density": 1e-2},
     "tensor": {"scope": "tensor"},
+    "exact": {"gradient": "exact"},
     "lora": {"batch_size": 16},
 }
 CONVERSION = ("mask", "density", "scope")
@@ -78,7 +79,7 @@ def model_for(arm: dict[str, Any], args: argparse.Namespace) -> Path:
 def zo_run(path: Path, settings: dict[str, Any], data: Path, args: argparse.Namespace, seed: int) -> Points:
     """Validations of a training run."""
     config = resolved(zo_mlx.TrainConfig(**settings))
-    rows = rows_of_step(config)
+    rows = rows_of_step(config) * (3 if config.gradient == "exact" else 1)
     points: Points = []
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as work:
@@ -86,7 +87,7 @@ def zo_run(path: Path, settings: dict[str, Any], data: Path, args: argparse.Name
             steps = round(part * args.rows / rows)
             result = zo_mlx.train(
                 model=str(path), data=str(data), adapter_path=work, seed=seed, iters=steps, resume=bool(points),
-                steps_per_eval=10**9, val_batches=-(-args.valid // config.batch_size), **settings,
+                steps_per_eval=10**9, val_batches=-(-args.valid // filled(config.batch_size)), **settings,
             )  # fmt: skip
             if not points:
                 points.append({"rows": 0, "seconds": 0.0, **_numbers(result.before)})

@@ -6,10 +6,11 @@
 All arms run in one process, in alternation, on the same batches; the table gives medians, and the ratio is the median
 of the ratios of neighbours. `floor` is one stacked pass of the base model with logits at the target positions only,
 as in the step; `full` computes logits everywhere, as calling the model does; `step-parts` is the step in passes of at
-most N tokens. With `--others` all arms compute with dense float32 weights, dequantized once: `mezo` perturbs all
-weights in place, `mezo-sparse` the sensitive ones, both with two passes of one direction; `lora` is mlx-lm's step (all
-layers, rank 8, Adam), also with its gradient checkpointing. With `--num-layers N` there are steps that train the last N
-blocks: `last`, and `last-warm`, which finds what comes before them in its cache.
+most N tokens; `exact` is a step with the exact gradient, which sees each row once, not in two branches. With `--others`
+all arms compute with dense float32 weights, dequantized once: `mezo` perturbs all weights in place, `mezo-sparse` the
+sensitive ones, both with two passes of one direction; `lora` is mlx-lm's step (all layers, rank 8, Adam), also with its
+gradient checkpointing. With `--num-layers N` there are steps that train the last N blocks: `last`, and `last-warm`,
+which finds what comes before them in its cache.
 """
 
 import zo_mlx  # isort: skip  # noqa: F401  (first, so that MLX gets a fast BLAS)
@@ -31,6 +32,7 @@ from zo_mlx import estimator
 from zo_mlx.blocks import BlockwiseModel
 from zo_mlx.config import TrainConfig, resolved
 from zo_mlx.data import Dataset, Example, Target, batch_order, load_dataset
+from zo_mlx.exact import ExactGradient
 from zo_mlx.head import split_head
 from zo_mlx.index import read_index
 from zo_mlx.memory import bounded_cache
@@ -39,7 +41,7 @@ from zo_mlx.objective import collate, scores
 from zo_mlx.optimizer import Optimizer
 from zo_mlx.prefix import Prefix
 from zo_mlx.sparse import SparseModel
-from zo_mlx.step import make_loss, step
+from zo_mlx.step import exact_step, make_loss, step
 
 Arms = dict[str, Callable[[list[Any], int], object]]
 
@@ -69,12 +71,15 @@ def own_arms(sparse: SparseModel, config: TrainConfig, values: mx.array, tokens_
 
         return arm
 
+    exact = Optimizer(resolved(TrainConfig(gradient="exact")), values)
+    gradient = ExactGradient(sparse, head, BlockwiseModel(sparse.model))
     parts = {"step-parts": whole(make_loss(sparse, head, tokens_at_once=tokens_at_once))} if tokens_at_once else {}
     return {
         "step": whole(make_loss(sparse, head)),
         **parts,
         "floor": base(lambda shares: scores(head, collate(shares))),
         "full": base(lambda shares: sparse.model(collate(shares).tokens)),
+        "exact": lambda examples, n: exact_step(gradient, exact, values, exact.state, examples, n + 1),
     }
 
 
