@@ -136,7 +136,7 @@ def test_training_with_the_defaults(tiny: Path, choice_data: Path, tmp_path: Pat
     before = zo_mlx.evaluate(*zo_mlx.load(tiny), choice_data / "train.jsonl", progress=False)
     _train(tiny, choice_data, tmp_path / "a", iters=60)
     after = zo_mlx.evaluate(*zo_mlx.load(tiny, tmp_path / "a"), choice_data / "train.jsonl", progress=False)
-    assert after.loss < 0.3 * before.loss
+    assert after.loss < 0.5 * before.loss
 
 
 @pytest.mark.parametrize("keep", ["everything", "journal"])

@@ -76,16 +76,36 @@ def _settings(layer: nn.Module) -> dict[str, Any]:
     return {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
 
 
-def product(layer: nn.Module, x: mx.array, rows: slice, after: mx.array) -> mx.array:
-    """x @ W[rows].T + bias[rows]: (..., in) -> (..., rows). Weights are not dequantized before `after` is made."""
+def product(layer: nn.Module, x: mx.array, rows: slice, after: mx.array, back: list[mx.array]) -> mx.array:
+    """x @ W[rows].T + bias[rows]: (..., in) -> (..., rows).
+
+    Args:
+        after: weights are not dequantized before this is made.
+        back: the parts of a backward pass so far, which come after each other as well.
+    """
     if "scales" not in layer:
         y = x @ layer.weight[rows].T
     elif on_cpu() and x.size // x.shape[-1] > CPU_QUANTIZED_ROWS:
-        y = x @ dequantized(layer, rows, after).T
+        y = _dequantized_product(layer, x, rows, after, back)
     else:
         scales, biases = _scales(layer, rows, cast=on_cpu())
         y = mx.quantized_matmul(x, layer.weight[rows], scales, biases, transpose=True, **_settings(layer))
     return y + layer.bias[rows] if "bias" in layer else y
+
+
+def _dequantized_product(layer: nn.Module, x: mx.array, rows: slice, after: mx.array, back: list[mx.array]) -> mx.array:
+    """x @ dequantized(layer, rows).T; for a backward pass the rows are dequantized again, not held until then."""
+
+    @mx.custom_function
+    def multiplied(x: mx.array) -> mx.array:
+        return x @ dequantized(layer, rows, after).T
+
+    @multiplied.vjp
+    def gradient(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
+        back.append(cotangent @ dequantized(layer, rows, after=(back or [cotangent])[-1]))
+        return back[-1]
+
+    return multiplied(x)  # type: ignore[return-value]
 
 
 def linear(
@@ -102,10 +122,10 @@ def linear(
     if on_cpu() and "scales" in layer and x.size // width > CPU_QUANTIZED_ROWS:
         own = max(1, CPU_SLICE_BYTES // (4 * width), -(-out // CPU_SLICES))
         step = min(step, own if out > 2 * own else out)
-    made = [x]  # each part after the one before
+    made, back = [x], list[mx.array]()  # each part after the one before
     for start in range(0, out, step):
         rows = slice(start, min(start + step, out))
-        part = product(layer, x, rows, after=made[-1])
+        part = product(layer, x, rows, made[-1], back)
         made.append(then(part, rows) if then else part)
     return made[1] if len(made) == 2 else mx.concatenate(made[1:], axis=-1)
 

@@ -17,7 +17,7 @@ class SeedsResult:
 
     Attributes:
         spread: for the validation (`val`) and `test` after training, where there was one: mean and sample standard
-            deviation over the runs of `loss`, and of `accuracy` or `perplexity`.
+            deviation over the runs of `loss`, and of those of `accuracy`, `perplexity` and `score` that apply.
     """
 
     runs: list[TrainResult]
@@ -55,7 +55,7 @@ def train_seeds(seeds: int, *, resume: bool = False, report: Report | None = Non
             results = [evaluation.as_dict() for evaluation in found if evaluation]
             spread[name] = {
                 key: (statistics.mean(values), statistics.stdev(values))
-                for key in ("loss", "accuracy", "perplexity")
+                for key in ("loss", "accuracy", "perplexity", "score")
                 if len(values := [r[key] for r in results if key in r]) == seeds
             }
     return SeedsResult(runs, spread)
