@@ -1,7 +1,9 @@
 """Objectives that score answers: against stock mlx-lm, worked examples, and what training does to them."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx_lm
@@ -10,11 +12,13 @@ import pytest
 from conftest import write_jsonl
 
 import zo_mlx
+from zo_mlx import adapter
 from zo_mlx.answers import Judge
 from zo_mlx.cli import main
 from zo_mlx.data import load_dataset
 from zo_mlx.errors import UsageError, ZoError
 from zo_mlx.head import split_head
+from zo_mlx.index import read_index
 from zo_mlx.metric import METRICS, Metric
 from zo_mlx.model import load_sparse
 from zo_mlx.step import make_loss
@@ -75,7 +79,7 @@ def test_generated_answers_are_those_of_mlx_lm(tiny: Path, text_data: Path) -> N
     tokenizer.add_eos_token(str(expected[0][10]))
     ended = [row[: row.index(expected[0][10])] if expected[0][10] in row else row for row in expected]
     assert len(ended[0]) < 20
-    judge = Judge(Metric("exact-match"), tokenizer, [dataset], max_tokens=20)
+    judge = Judge(Metric("exact-match"), tokenizer, "tokens", 20)
     assert judge.generate(split_head(model, continuing=True), prompts) == ended
     seen = []
     judge._metric = lambda record, output: seen.append((record, output)) or 0.0  # type: ignore[assignment,func-returns-value]
@@ -88,7 +92,7 @@ def test_branches_generate_apart(tiny: Path, text_data: Path) -> None:
     dataset = load_dataset(text_data / "test.jsonl", tokenizer, 64, mask_prompt=True)
     values = index.initial_values()
     branches = mx.stack([values, values + 0.3, 2 * values])
-    judge = Judge(Metric("f1"), tokenizer, [dataset], max_tokens=12)
+    judge = Judge(Metric("f1"), tokenizer, "tokens", 12)
     judge._metric = lambda record, output: float(len(set(output)))  # type: ignore[assignment]
     head = split_head(sparse.model, continuing=True)
     alone = []
@@ -141,6 +145,10 @@ def test_training_raises_a_score_without_a_gradient(
     (tmp_path / "scoring_of_mine.py").write_text("def letters(prompt, output, example):\n    return 1.0\n")
     assert main(["train", *settings, "scoring_of_mine:letters", "--resume", "--iters", "122"]) == 2
     assert "objective changed since it began" in capsys.readouterr().err
+    # Nor may a file name one.
+    (tmp_path / "c.yaml").write_text("objective: scoring_of_mine:letters\n")
+    assert main(["train", "-c", "c.yaml", "--model", str(tiny), "--data", str(text_data)]) == 2
+    assert "taken from --objective only" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -152,6 +160,7 @@ def test_training_raises_a_score_without_a_gradient(
         ("def score(p, o, e): return 'good'", "fails on the prompt 'apple 0 ->': ValueError"),
         ("def score(p, o, e): return float('nan')", "gives nan for the prompt 'apple 0 ->'"),
         ("score = 3", "has no function score"),
+        ("import sys; sys.exit(3)", "importing scoring_of_mine fails: SystemExit: 3"),
     ],
 )
 def test_functions_that_do_not_work(
@@ -173,3 +182,39 @@ def test_objectives_that_do_not_fit(tiny: Path, text_data: Path, tmp_path: Path)
     texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": "some words"}])
     with pytest.raises(UsageError, match="no prompts"):
         zo_mlx.evaluate(model, tokenizer, texts, objective="f1")
+    with pytest.raises(UsageError, match="--max-tokens must be at least 1"):
+        zo_mlx.evaluate(model, tokenizer, text_data, objective="f1", max_tokens=0)
+    with pytest.raises(UsageError, match="needs an --epsilon"):
+        zo_mlx.train(model=str(tiny), data=str(text_data), objective="f1", learning_rate=1e-3)
+    asked = {"role": "user", "content": "?"}
+    for messages in ([asked], [asked, {"role": "assistant", "content": None}]):
+        chats = write_jsonl(tmp_path / "chats.jsonl", [{"messages": messages}])
+        with pytest.raises(UsageError, match="line 1: the last message must be the assistant's"):
+            zo_mlx.evaluate(model, tokenizer, chats, objective="f1")
+
+
+@pytest.mark.parametrize("objective", ["accuracy", "scoring_of_mine:letters"])
+def test_resuming_is_bit_identical(
+    objective: str,
+    tiny: Path,
+    choice_data: Path,
+    text_data: Path,
+    tmp_path: Path,
+    user_module: Callable[[str], None],
+) -> None:
+    """From the journal alone, and although there are longer completions to be tested on now."""
+    user_module("def letters(prompt, output, example):\n    return sum(c.islower() for c in output) / 8\n")
+    data = tmp_path / "own"
+    shutil.copytree(choice_data if objective == "accuracy" else text_data, data)
+    settings: dict[str, Any] = {
+        "model": str(tiny), "data": str(data), "objective": objective, "val_batches": 0, "progress": False
+    }  # fmt: skip
+    zo_mlx.train(**settings, adapter_path=str(tmp_path / "whole"), iters=30)
+    zo_mlx.train(**settings, adapter_path=str(tmp_path / "parts"), iters=18)
+    adapter.remove_run(tmp_path / "parts")
+    if objective != "accuracy":
+        write_jsonl(data / "test.jsonl", [{"prompt": "x", "completion": "y" * 50}])
+    zo_mlx.train(**settings, adapter_path=str(tmp_path / "parts"), iters=30, resume=True, test=True)
+    values = [np.array(adapter.read_snapshot(tmp_path / d).values) for d in ("whole", "parts")]
+    assert (values[0] == values[1]).all()
+    assert (values[0] != np.array(read_index(tiny).initial_values())).any()

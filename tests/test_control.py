@@ -85,6 +85,42 @@ def test_an_outlier_counts_for_five_times_the_usual_slope() -> None:
     assert np.allclose(moved, -rate * clipped @ z / 4, atol=1e-7)
 
 
+def test_for_scores_branches_go_out_until_half_of_them_tell_something() -> None:
+    update = _optimizer(objective="accuracy")
+    slopes = np.zeros((12, 4))
+    slopes[1, 0] = 5.0  # one of four is not enough
+    slopes[3:, :2] = [40.0, -20.0]
+    after = _go(update, _records(slopes), mx.zeros(SIZE), update.state)
+    # Steps 1 to 3 double epsilon; 4 to 7 measure 16 directions.
+    epsilons = [update.epsilon(state) for _, state in after]
+    np.testing.assert_allclose(epsilons, [2e-3, 4e-3, *[8e-3] * 10], rtol=1e-6)
+    square = (40.0**2 + 20.0**2) / 4
+    for n, (values, state) in enumerate(after, 1):
+        expected = 0.1 * 8e-3 * math.sqrt(square) * 4 / square * 100 / (99 + n) if n >= 7 else 0
+        assert update.learning_rate(state) == pytest.approx(expected, rel=1e-5)
+        assert (np.array(values) == 0).all() == (n < 7)
+
+
+def test_an_epsilon_of_the_users_own_stays() -> None:
+    update = _optimizer(objective="accuracy", epsilon=0.05)
+    slopes = np.zeros((8, 4))
+    slopes[:, 0] = 3.0
+    after = _go(update, _records(slopes), mx.zeros(SIZE), update.state)
+    assert all(update.epsilon(state) == pytest.approx(0.05) for _, state in after)
+    square = 9.0 / 4
+    expected = 0.1 * 0.05 * math.sqrt(square) * 4 / square * 100 / 107
+    assert update.learning_rate(after[-1][1]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_rare_penalties_are_no_explosion() -> None:
+    """A score that was at its best throughout a window does not vary there."""
+    update = _optimizer(objective="accuracy", epsilon=0.05)
+    losses = [0.0] * 25 + [0.0] * 24 + [1.0]
+    records = [Record(n, loss, np.full(4, 2.0, np.float32)) for n, loss in enumerate(losses, 1)]
+    after = _go(update, records, mx.zeros(SIZE), update.state)
+    assert after[-1][1]["control"]["halvings"].item() == 0
+
+
 @pytest.mark.parametrize("bad", ["rising", "nan"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_after_an_explosion_the_run_goes_on_from_the_best_window_at_half_the_rate(optimizer: str, bad: str) -> None:

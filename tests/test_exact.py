@@ -134,7 +134,10 @@ def _train(tiny: Path, data: Path, out: Path, **changes: Any) -> zo_mlx.TrainRes
 
 def test_training_with_the_defaults(tiny: Path, choice_data: Path, tmp_path: Path) -> None:
     before = zo_mlx.evaluate(*zo_mlx.load(tiny), choice_data / "train.jsonl", progress=False)
-    _train(tiny, choice_data, tmp_path / "a", iters=60)
+    data = {"model": str(tiny), "data": str(choice_data), "adapter_path": str(tmp_path / "a")}
+    zo_mlx.train(**data, gradient="exact", iters=60, progress=False)  # type: ignore[arg-type]
+    config = Journal.read(tmp_path / "a/journal").header["config"]
+    assert (config["batch_size"], config["optimizer"]) == (16, "adam")
     after = zo_mlx.evaluate(*zo_mlx.load(tiny, tmp_path / "a"), choice_data / "train.jsonl", progress=False)
     assert after.loss < 0.5 * before.loss
 

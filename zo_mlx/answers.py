@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .data import Dataset, Example
+from .data import Dataset, Example, Kind
 from .errors import UsageError
 from .head import Head
 from .metric import Metric
@@ -18,27 +18,28 @@ class Judge:
 
     Args:
         metric: gives an answer's score.
-        max_tokens: the longest text that is generated; None is as long as the longest completion of `datasets`.
-        datasets: all data that are to be judged.
+        kind: of the data.
+        max_tokens: the longest text that is generated.
 
     Raises:
         UsageError: the metric is for choices, and the data have none.
     """
 
-    def __init__(
-        self, metric: Metric, tokenizer: TokenizerWrapper, datasets: Sequence[Dataset], max_tokens: int | None = None
-    ):
-        self.generates = any(d.kind == "tokens" for d in datasets)
+    def __init__(self, metric: Metric, tokenizer: TokenizerWrapper, kind: Kind, max_tokens: int):
+        self.generates = kind == "tokens"
         if self.generates and metric.name == "accuracy":
             raise UsageError("the objective accuracy is for data with choices; for generated text, take exact-match")
-        self._metric, self._tokenizer = metric, tokenizer
-        longest = max((len(e.targets[0]) for d in datasets if d.kind == "tokens" for e in d.examples), default=0)
-        self._max_tokens = max_tokens or longest
+        self._metric, self._tokenizer, self._max_tokens = metric, tokenizer, max_tokens
 
     def check(self, head: Head) -> None:
         """Raise UsageError if answers are to be generated, and the model cannot do that for many prompts at once."""
         if self.generates and not head.continues:
             raise UsageError("this model's answers cannot be generated in batches: it keeps more than keys and values")
+
+    def tokens(self, branches: Sequence[Sequence[Example]]) -> int:
+        """How many tokens a branch takes at most when texts are generated, padding included."""
+        longest = max(_prompt_length(e) for own in branches for e in own)
+        return len(branches[0]) * (longest + self._max_tokens)
 
     def choice_scores(self, scored: mx.array, branches: Sequence[Sequence[Example]]) -> mx.array:
         """The scores of the likeliest choices: (P, E, C) from `objective.scores` -> (P, E) float32."""
@@ -52,7 +53,7 @@ class Judge:
     def text_scores(self, head: Head, branches: Sequence[Sequence[Example]]) -> mx.array:
         """The scores of what P branches of a model generate for E prompts each: (P, E) float32."""
         examples = [e for own in branches for e in own]
-        generated = self.generate(head, [e.rows[0][: e.targets[0][0].position + 1] for e in examples])
+        generated = self.generate(head, [e.rows[0][: _prompt_length(e)] for e in examples])
         scores = [self._metric(e.record, self._tokenizer.decode(g)) for e, g in zip(examples, generated, strict=True)]
         return mx.array(scores).reshape(len(branches), -1)
 
@@ -77,3 +78,12 @@ class Judge:
     def _up_to_end(self, tokens: list[int]) -> list[int]:
         ends = [i for i, t in enumerate(tokens) if t in self._tokenizer.eos_token_ids]
         return tokens[: ends[0]] if ends else tokens
+
+
+def longest_completion(dataset: Dataset) -> int:
+    """In tokens; at least 1."""
+    return max([1, *(len(e.targets[0]) for e in dataset.examples)])
+
+
+def _prompt_length(example: Example) -> int:
+    return example.targets[0][0].position + 1

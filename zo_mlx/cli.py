@@ -191,7 +191,9 @@ def _train(args: argparse.Namespace) -> None:
     else:
         print(f"{result.adapter_path}: {result.iterations} steps, {result.adapter_bytes / 1e6:.2f} MB")
         if result.best and result.best.iteration < result.iterations:
-            print(f"{result.adapter_path}/{BEST}: step {result.best.iteration}, validation loss {result.best.loss:.3f}")
+            scored = result.after is not None and result.after.score is not None
+            what = f"score {-result.best.loss:.3f}" if scored else f"loss {result.best.loss:.3f}"
+            print(f"{result.adapter_path}/{BEST}: step {result.best.iteration}, validation {what}")
 
 
 def _evaluate(args: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ from mlx_lm.tuner.utils import build_schedule
 
 from .errors import UsageError
 from .estimator import ESTIMATORS, LAWS
-from .metric import CROSS_ENTROPY, check_objective
+from .metric import CROSS_ENTROPY, check_objective, is_function
 
 T = TypeVar("T")
 
@@ -52,7 +52,8 @@ class TrainConfig:
     iters: int = _setting(1000, "Steps to train for.", least=0)
     gradient: str = _setting(
         "zo",
-        "zo: estimated from forward passes; exact: by back-propagation, block by block, which takes more memory.",
+        "zo: estimated from forward passes; exact: by back-propagation, block by block, which takes more memory. Then "
+        "epsilon, estimator, directions, law and precondition have no effect.",
         choices=("zo", "exact"),
     )
     objective: str = _setting(
@@ -64,7 +65,11 @@ class TrainConfig:
         None, "Tokens of an answer that is generated to be scored; default: of the longest completion.", least=1
     )
     learning_rate: float | str = _setting(
-        "auto", "Initial learning rate, falls by 0.1% a step; auto: from the slopes seen so far.", least=0, word="auto"
+        "auto",
+        "Initial learning rate, falls by 0.1% a step; auto: from the slopes seen so far, or for exact gradients from "
+        "the size of the values.",
+        least=0,
+        word="auto",
     )
     optimizer: str | None = _setting(
         None, "Optimizer of the trainable values; default: sgd, or adam for exact gradients.", choices=tuple(OPTIMIZERS)
@@ -88,7 +93,7 @@ class TrainConfig:
         choices=tuple(ESTIMATORS),
     )
     directions: int | None = _setting(
-        None, "Directions per step; default: 7 if one-sided, half the batch if two-sided.", least=1
+        None, "Directions per step; default: 7 if one-sided, half the batch if two-sided.", least=1, most=1 << 16
     )
     law: str = _setting("rademacher", "Law of the directions: +-1, or standard normal.", choices=LAWS)
     precondition: float = _setting(
@@ -134,10 +139,13 @@ class TrainConfig:
             if (choices := f.metadata.get("choices")) and value not in choices:
                 raise UsageError(f"{f.name} must be one of {', '.join(choices)}, not {value}")
         check_objective(self.objective)
+        own_rate = self.lr_schedule is not None or self.learning_rate != "auto"
+        if self.objective != CROSS_ENTROPY and own_rate and self.epsilon == "auto":
+            raise UsageError("a learning rate of your own needs an --epsilon, where the objective is a score")
         if self.gradient == "exact":
             if self.objective != CROSS_ENTROPY:
                 raise UsageError(f"objective {self.objective} has no gradient: leave out --gradient exact")
-            if self.optimizer == "sgd" and self.lr_schedule is None and self.learning_rate == "auto":
+            if self.optimizer == "sgd" and not own_rate:
                 raise UsageError("sgd with exact gradients has no automatic learning rate: give --learning-rate")
         if self.num_layers == 0:
             raise UsageError("num_layers must be at least 1, or -1 for all, not 0")
@@ -209,8 +217,8 @@ def resolved(config: TrainConfig) -> TrainConfig:
     noise away, but a share of one example pulls towards that example's label. See docs/numbers.md.
     """
     batch = config.batch_size or (EXACT_BATCH if config.gradient == "exact" else ZO_BATCH)
-    halves = max(q for q in range(1, batch + 1) if batch % q == 0 and (q == 1 or q <= batch / 2))
-    directions = config.directions or (halves if config.estimator == "two-sided" else ONE_SIDED_DIRECTIONS)
+    shares = next((batch // p for p in range(2, math.isqrt(batch) + 1) if batch % p == 0), 1)
+    directions = config.directions or (shares if config.estimator == "two-sided" else ONE_SIDED_DIRECTIONS)
     optimizer = config.optimizer or ("adam" if config.gradient == "exact" else "sgd")
     config = dataclasses.replace(config, batch_size=batch, directions=directions, optimizer=optimizer)
     if config.lr_schedule is None and config.learning_rate != "auto":
@@ -241,6 +249,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} is not readable YAML: {e}") from None
     if not isinstance(content, dict):
         raise UsageError(f"{path} must hold a mapping of settings, not {type(content).__name__}")
+    if is_function(str(content.get("objective"))):
+        raise UsageError(f"{path}: a function as objective is taken from --objective only, as it runs code")
     known = {f.name for f in dataclasses.fields(TrainConfig)}
     if unknown := sorted(str(k) for k in content if k not in known):
         print(f"Warning: {path}: zo-mlx has no settings {', '.join(unknown)}; they are ignored", file=sys.stderr)

@@ -62,17 +62,18 @@ class Control:
     Args:
         values: (K,) float32, before the first step.
         jumps: whether the objective is one that only changes by jumps, as scores of answers do.
+        epsilon: the user's own, which stays as it is; None finds one.
 
     Attributes:
         state: before the first step. `good` holds values to go back to, `good_step` when they were reached.
     """
 
-    def __init__(self, values: mx.array, jumps: bool = False):
-        self._jumps = jumps
+    def __init__(self, values: mx.array, jumps: bool = False, epsilon: float | None = None):
+        self._jumps, self._fixed = jumps, epsilon is not None
         self.state: State = {
             "seen": mx.array(0),
             "mean_square": mx.array(0.0),
-            "epsilon": mx.array(FIRST_EPSILON),
+            "epsilon": mx.array(FIRST_EPSILON if epsilon is None else epsilon),
             "halvings": mx.array(0),
             "window": mx.zeros(3),  # of losses: how many, their sum, and the sum of their squares
             "lowest": mx.array([float(np.finfo(np.float32).max), 0.0]),  # of the windows: mean, and its variance
@@ -89,18 +90,14 @@ class Control:
         if not np.isfinite(slopes).all():
             return np.zeros_like(slopes), state
         epsilon = state["epsilon"].item()
-        if self._jumps and seen < MEASURED and epsilon < FARTHEST and 2 * np.count_nonzero(slopes) < len(slopes):
-            farther = min(2 * epsilon, FARTHEST)
-            return np.zeros_like(slopes), {
-                **state,
-                "epsilon": mx.array(farther),
-                "seen": mx.array(0),
-                "mean_square": mx.array(0.0),
-            }
+        farther = self._jumps and not self._fixed and seen < MEASURED and epsilon < FARTHEST
+        if farther and 2 * np.count_nonzero(slopes) < len(slopes):
+            anew = {"epsilon": mx.array(min(2 * epsilon, FARTHEST)), "seen": mx.array(0), "mean_square": mx.array(0.0)}
+            return np.zeros_like(slopes), {**state, **anew}
         count = seen + len(slopes)
         square += (float(np.mean(np.square(slopes, dtype=np.float64))) - square) * len(slopes) / count
         new = {**state, "seen": mx.array(count), "mean_square": mx.array(square)}
-        if seen < MEASURED <= count and square > 0 and not self._jumps:
+        if seen < MEASURED <= count and square > 0 and not (self._jumps or self._fixed):
             new["epsilon"] = mx.array(DIFFERENCE / math.sqrt(square))
         return slopes, new
 
@@ -134,7 +131,9 @@ class Control:
         mean = total / count
         variance = max(0.0, squares / count - mean * mean)
         lowest, variance_then = state["lowest"].tolist()
-        if mean > lowest + max(abs(lowest) / 4, ERRORS * math.sqrt(variance_then / WINDOW)):
+        # A score may have been the same throughout the lowest window: then only what it does now says how it varies.
+        spread = variance_then + (variance if self._jumps else 0.0)
+        if mean > lowest + max(abs(lowest) / 4, ERRORS * math.sqrt(spread / WINDOW)):
             return self._back(state)
         new = {**state, "window": mx.zeros(3)}
         if mean < lowest:

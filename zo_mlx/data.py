@@ -97,7 +97,9 @@ class Dataset:
         return digest.hexdigest()
 
 
-def load_dataset(path: Path, tokenizer: TokenizerWrapper, max_length: int, mask_prompt: bool = False) -> Dataset:
+def load_dataset(
+    path: Path, tokenizer: TokenizerWrapper, max_length: int, mask_prompt: bool = False, answers: bool = False
+) -> Dataset:
     """Read, check and tokenize a data file.
 
     Args:
@@ -105,6 +107,8 @@ def load_dataset(path: Path, tokenizer: TokenizerWrapper, max_length: int, mask_
         tokenizer: the model's.
         max_length: the longest sequence, in tokens. Longer texts are cut; a prompt that leaves no room is an error.
         mask_prompt: for `prompt`/`completion` and `messages`, count only the completion's tokens (mlx-lm's flag).
+        answers: the model's own answers are to be compared with the completions: what has none is refused, and prompts
+            are masked.
 
     Raises:
         UsageError: names the file, the line and the field that is wrong.
@@ -120,12 +124,15 @@ def load_dataset(path: Path, tokenizer: TokenizerWrapper, max_length: int, mask_
             f"{path}, line {lines[0][0]}: fields {sorted(first)} are none of the known formats: "
             "prompt/completion/choices, prompt/completion, messages, text"
         )
+    mask_prompt = mask_prompt or answers
     if form == "text" and mask_prompt:
         raise UsageError(f"{path}: the text format has no prompts for --mask-prompt, or to be answered")
     for number, record in lines:
         if "choices" in record:
             raise UsageError(f"{path}, line {number}: has choices, but line {lines[0][0]} has none")
         _CHECKS[form](record, f"{path}, line {number}")
+        if form == "messages" and answers:
+            _check_answer(record["messages"][-1], f"{path}, line {number}")
     dataset = create_dataset(
         [d for _, d in lines],
         tokenizer,  # type: ignore[arg-type]
@@ -218,6 +225,11 @@ def _check_messages(record: dict[str, Any], where: str) -> None:
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise UsageError(f"{where}: every message must be an object with a 'role'")
+
+
+def _check_answer(message: dict[str, Any], where: str) -> None:
+    if message["role"] != "assistant" or not isinstance(message.get("content"), str):
+        raise UsageError(f"{where}: the last message must be the assistant's, with text to compare answers with")
 
 
 def _check_completion(record: dict[str, Any], where: str) -> None:

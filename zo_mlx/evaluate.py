@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .answers import Judge
+from .answers import Judge, longest_completion
 from .config import check_range
 from .data import Dataset, load_dataset
 from .errors import UsageError
@@ -98,14 +98,15 @@ def evaluate(
     """
     check_range("--batch-size", batch_size, 1)
     check_range("--max-seq-length", max_seq_length, 2)
+    check_range("--max-tokens", 1 if max_tokens is None else max_tokens, 1)
     if num_batches == 0 or num_batches < -1:
         raise UsageError(f"the number of batches must be at least 1, or -1 for all, not {num_batches}")
     metric = None if objective == CROSS_ENTROPY else Metric(objective)
     path = Path(data)
     path = path / "test.jsonl" if path.is_dir() else path
-    dataset = load_dataset(path, tokenizer, max_seq_length, mask_prompt or metric is not None)
+    dataset = load_dataset(path, tokenizer, max_seq_length, mask_prompt, answers=metric is not None)
     count = -1 if num_batches == -1 else num_batches * batch_size
-    judge = Judge(metric, tokenizer, [dataset], max_tokens) if metric else None
+    judge = Judge(metric, tokenizer, dataset.kind, max_tokens or longest_completion(dataset)) if metric else None
     head = split_head(model, dataset.has_continuations or bool(judge and judge.generates))
     if judge:
         judge.check(head)
@@ -140,11 +141,10 @@ def evaluate_dataset(
                 winners: list[int] = scored.argmax(axis=-1).tolist()  # type: ignore[assignment]
                 predicted += [e.choices[w] for e, w in zip(part, winners, strict=True)]
                 right += [e.choices[e.label] for e in part if e.label is not None]
-            if judge:
-                given = (
-                    judge.choice_scores(scored[None], [part]) if part[0].choices else judge.text_scores(head, [part])
-                )
-                judged += float(given.sum())
+            if judge and judge.generates:
+                judged += float(judge.text_scores(head, [part]).sum())
+            elif judge:
+                judged += float(judge.choice_scores(scored[None], [part]).sum())
             mx.clear_cache()
             bar.advance()
     loss, score = total / counted, judged / len(examples) if judge else None

@@ -57,6 +57,7 @@ class ExactGradient:
         at_once = len(examples)
         if self._tokens_at_once is not None:
             at_once = max(1, min(at_once, int(at_once * self._tokens_at_once / layout([examples], False)[0])))
+        self._sparse.set_values(None)
         loss, gradient = 0.0, mx.zeros(values.size)
         for start in range(0, len(examples), at_once):
             own = examples[start : start + at_once]
@@ -85,9 +86,13 @@ class ExactGradient:
         tokens = batch.tokens
 
         def run(number: int, x: mx.array, *parts: mx.array) -> mx.array:
-            for (layer, _, _), part in zip(self._spans.get(number, ()), parts, strict=True):
+            layers = [layer for layer, _, _ in self._spans.get(number, ())]
+            for layer, part in zip(layers, parts, strict=True):
                 layer.set_values(part[None])
-            return blocks.block(number, tokens, x)
+            result = blocks.block(number, tokens, x)
+            for layer in layers:
+                layer.set_values(None)  # lets go of its D
+            return result
 
         def states_from(x: mx.array) -> mx.array:
             with blocks.ending_with(x):

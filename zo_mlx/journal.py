@@ -163,6 +163,11 @@ class Journal:
             self._fd = None
 
 
+def record_size(header: dict[str, Any]) -> int:
+    """How many bytes a step takes in a journal with this header."""
+    return _Layout.of(header).size
+
+
 @dataclass(frozen=True)
 class _Layout:
     """Records of `count` projected gradients, of 2 bytes each if they are exact, else 4."""

@@ -4,7 +4,9 @@ A metric is a function `score(prompt, output, example) -> float`: of the prompt'
 and the line of the data file as a dictionary. Higher is better.
 """
 
+import contextlib
 import importlib
+import inspect
 import math
 import re
 import string
@@ -28,10 +30,11 @@ def right_answer(example: Record) -> str:
 
 
 def question(example: Record) -> str:
-    """The prompt, or the message before the last."""
+    """The prompt, or the text of the message before the last; empty if there is none."""
     if "prompt" in example:
         return str(example["prompt"])
-    return str(example["messages"][-2]["content"]) if len(example["messages"]) > 1 else ""
+    asked = example["messages"][-2:-1]
+    return (asked[0].get("content") or "") if asked and isinstance(asked[0].get("content"), str | None) else ""
 
 
 def exact_match(prompt: str, output: str, example: Record) -> float:
@@ -78,7 +81,7 @@ class Metric:
     """A metric by its name; `module:function` is imported, from the working directory if it is there.
 
     Attributes:
-        path: the file that a user's function comes from, or None.
+        path: the file with a user's function, or None.
 
     Raises:
         UsageError: there is no such function.
@@ -91,17 +94,16 @@ class Metric:
         self._function = METRICS.get(objective) or self._imported(*objective.split(":"))
 
     def _imported(self, module: str, name: str) -> Callable[[str, str, Record], float]:
-        sys.path.insert(0, str(Path.cwd()))
+        if (here := str(Path.cwd())) not in sys.path:
+            sys.path.insert(0, here)  # for good: the function may import more when it is called
         try:
-            found = importlib.import_module(module)
-        except Exception as e:  # the module is a program
+            function = getattr(importlib.import_module(module), name, None)
+        except (Exception, SystemExit) as e:  # the module is a program
             raise UsageError(f"objective {self.name}: importing {module} fails: {type(e).__name__}: {e}") from None
-        finally:
-            sys.path.pop(0)
-        function = getattr(found, name, None)
         if not callable(function):
             raise UsageError(f"objective {self.name}: {module} has no function {name}")
-        self.path = Path(found.__file__) if found.__file__ else None
+        with contextlib.suppress(TypeError, OSError):  # a function without a file
+            self.path = Path(inspect.getsourcefile(function) or "")
         return function  # type: ignore[no-any-return]
 
     def __call__(self, example: Record, output: str) -> float:

@@ -161,7 +161,11 @@ def states_gradient(head: Head, states: mx.array, batch: Batch, count: float) ->
         The loss, (), and (M, H).
     """
     pieces = list(_pieces(head, states, batch))
-    found = mx.concatenate([log_probabilities(states[rows]) for log_probabilities, rows in pieces])
+    made = []
+    for log_probabilities, rows in pieces:
+        made.append(log_probabilities(states[rows]))
+        mx.eval(made[-1])
+    found = mx.concatenate(made)
     loss, back = mx.value_and_grad(lambda found: branch_losses(_summed(found, batch), batch, count).sum())(found)
     mx.eval(loss, back)
     gradients, done = [], 0

@@ -38,14 +38,15 @@ class Optimizer:
         name = filled(config.optimizer)
         arguments = (config.optimizer_config or {}).get(name, {})
         schedule = None if config.lr_schedule is None else build_schedule(config.lr_schedule)
-        if schedule is None and config.gradient == "exact":
-            schedule = exact_rate(origin)
-            if name != "lion":  # without it, Adam's first steps are three times as long
+        if config.gradient == "exact":
+            schedule = schedule or exact_rate(origin)
+            if name in ("adam", "adamw"):  # without it, their first steps are three times as long
                 arguments = {"bias_correction": True, **arguments}
         self._rule: optim.Optimizer = getattr(optim, OPTIMIZERS[name])(schedule or 0.0, **arguments)
         self._rule.init({"values": origin})
         self._origin = origin
-        self._control = Control(origin, config.objective != CROSS_ENTROPY) if schedule is None else None
+        own = None if config.epsilon == "auto" else float(config.epsilon)
+        self._control = Control(origin, config.objective != CROSS_ENTROPY, own) if schedule is None else None
         self._scale_free = name in SCALE_FREE
         # Momentum adds gradients up: a rate without it is this many times as large.
         self._share = 1.0 if self._scale_free else 1 - arguments.get("momentum", 0.0)

@@ -12,7 +12,7 @@ import numpy as np
 
 from . import adapter, journal
 from .adapter import Best
-from .answers import Judge
+from .answers import Judge, longest_completion
 from .blocks import BlockwiseModel
 from .config import TrainConfig, filled, resolved
 from .data import Dataset, batch_order, load_dataset
@@ -20,16 +20,24 @@ from .errors import Interrupted, UsageError, ZoError
 from .estimator import fisher_scale
 from .evaluate import Evaluation, evaluate_dataset
 from .exact import ExactGradient
-from .files import reporting_disk_errors, sha256
+from .files import check_space, reporting_disk_errors, sha256
 from .head import split_head
 from .index import FILE_NAME as INDEX
 from .metric import CROSS_ENTROPY, Metric
 from .model import context_length, load_sparse
-from .objective import layout
 from .optimizer import Optimizer, State
 from .prefix import Prefix
 from .progress import Meter, Progress
-from .step import exact_step, exact_tokens_that_fit, make_loss, replay, rows_of_step, step, tokens_that_fit
+from .step import (
+    exact_step,
+    exact_tokens_that_fit,
+    make_loss,
+    replay,
+    rows_of_step,
+    step,
+    tokens_of,
+    tokens_that_fit,
+)  # fmt: skip
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -90,7 +98,10 @@ class Run:
                 f"{data / 'train.jsonl'} has {len(self.train_set)} examples, fewer than --batch-size {self.batch_size}"
             )
         datasets = [d for d in (self.train_set, self.valid_set, self.test_set) if d is not None]
-        self.judge = Judge(self.metric, self.tokenizer, datasets, config.max_tokens) if self.metric else None
+        self.judge = None
+        if self.metric:
+            config.max_tokens = config.max_tokens or longest_completion(self.train_set)
+            self.judge = Judge(self.metric, self.tokenizer, self.train_set.kind, config.max_tokens)
         continuing = any(d.has_continuations for d in datasets)
         self.head = split_head(self.sparse.model, continuing or bool(self.judge and self.judge.generates))
         if self.judge:
@@ -111,9 +122,10 @@ class Run:
         self.values = self.all_values[self.trained]
         self.blocks = None
         if 0 < self.sparse.first_block < blocks or config.gradient == "exact":
-            self.blocks = BlockwiseModel.of_chain(self.sparse.model)
+            outside = max(self.sparse.spans()) >= blocks
+            self.blocks = None if outside else BlockwiseModel.of_chain(self.sparse.model)
             if self.blocks is None:
-                self.warn("the model's blocks are not a plain chain: none is left out, or computed by itself")
+                self.warn("the model's blocks are not a plain chain: a step computes, and holds, all of them at once")
         if config.memory_limit is not None and config.tokens_at_once is None:
             config.tokens_at_once = self.tokens_that_fit(int(config.memory_limit * 1e9))
         scores = np.concatenate([tensor.scores for tensor in index.tensors.values()])
@@ -128,8 +140,8 @@ class Run:
         self.report({"event": "warning", "message": message})
 
     def load_data(self, path: Path) -> Dataset:
-        mask_prompt = self.config.mask_prompt or self.metric is not None
-        dataset = load_dataset(path, self.tokenizer, self.longest, mask_prompt)
+        config = self.config
+        dataset = load_dataset(path, self.tokenizer, self.longest, config.mask_prompt, answers=self.metric is not None)
         if dataset.truncated:
             self.warn(f"{path}: {dataset.truncated} sequences are longer than {self.longest} tokens and were cut")
         return dataset
@@ -148,9 +160,10 @@ class Run:
 
     def start(self) -> None:
         """Begin a new run in the adapter directory, in place of any old one."""
+        header = {"config": asdict(self.config), "fingerprints": self.prints, "trained": self.values.size}
+        check_space(self.directory, self.config.iters * journal.record_size(header))
         with reporting_disk_errors(self.directory):
             adapter.remove_run(self.directory)
-        header = {"config": asdict(self.config), "fingerprints": self.prints, "trained": self.values.size}
         self.journal = journal.Journal.create(self.directory / journal.FILE_NAME, header)
 
     def resume(self, past: journal.Journal) -> None:
@@ -160,6 +173,9 @@ class Run:
             raise UsageError(
                 f"{past.path} belongs to another run: {' and '.join(sorted(changed))} changed since it began"
             )
+        if past.header.get("trained") != self.values.size:
+            raise UsageError(f"{past.path} is of {past.header.get('trained')} trained weights, not {self.values.size}")
+        check_space(self.directory, (self.config.iters - len(past)) * journal.record_size(past.header))
         self.journal = past
         try:
             snapshot = adapter.read_snapshot(self.directory)
@@ -205,7 +221,7 @@ class Run:
         self.sparse.set_values(self.values[None])
         size, tokens = rows_of_step(self.config), self.config.tokens_at_once
         if tokens is not None:
-            longest = max(layout([[e]], self.head.continues)[0] for e in dataset.examples)
+            longest = max(tokens_of([[e]], self.head.continues, self.judge) for e in dataset.examples)
             size = max(1, min(size, tokens // longest))
         count = -1 if batches == -1 else batches * self.batch_size
         return evaluate_dataset(self.head, dataset, size, count, self.progress, self.judge)

@@ -42,7 +42,7 @@ def make_loss(
     continues = head.continues and prefix is None
 
     def part(group: Sequence[Sequence[Example]], count: float) -> mx.array:
-        if judge and group[0][0].label is None:
+        if judge and judge.generates:
             return -judge.text_scores(head, group).sum(axis=-1) / count
         batch = collate(group, continues)
         with prefix.skipped(batch.tokens, group) if prefix else contextlib.nullcontext():
@@ -57,7 +57,7 @@ def make_loss(
         count = size if judge or shares[0][0].label is not None else by_tokens
         at_once, examples_at_once = (len(branches) if sparse.stackable else 1), size
         if tokens_at_once is not None:
-            fit = tokens_at_once / layout(shares, continues)[0]
+            fit = tokens_at_once / tokens_of(shares, continues, judge)
             at_once = max(1, min(at_once, int(fit)))
             examples_at_once = max(1, min(size, int(fit * size)))
         losses = []
@@ -108,14 +108,14 @@ def tokens_that_fit(
     branches = method.branches(values, z, 1e-3)
     size = len(method.shares([longest] * filled(config.batch_size), directions)[0])
 
-    def peak(rows: int, tokens_at_once: int | None = None) -> int:
-        loss = make_loss(sparse, head, tokens_at_once=tokens_at_once, judge=judge)
+    def peak(rows: int) -> int:
+        loss = make_loss(sparse, head, judge=judge)
         count = min(rows, len(branches)) if sparse.stackable else 1
         shares = [[longest] * -(-rows // count)] * count
         return peak_of(lambda: mx.eval(loss(branches[:count], shares)))
 
     most = size * (len(branches) if sparse.stackable else 1)
-    return _largest_that_fits(limit, layout([[longest]], head.continues)[0], most, peak)
+    return _largest_that_fits(limit, tokens_of([[longest]], head.continues, judge), most, peak)
 
 
 def exact_tokens_that_fit(
@@ -123,13 +123,18 @@ def exact_tokens_that_fit(
 ) -> tuple[int, int]:
     """`tokens_that_fit` for `exact_step`; `gradient` has no limit of its own."""
 
-    def peak(rows: int, tokens_at_once: int | None = None) -> int:
+    def peak(rows: int) -> int:
         return peak_of(lambda: mx.eval(gradient(values, [longest] * rows)[1]))
 
     return _largest_that_fits(limit, layout([[longest]], False)[0], batch_size, peak)
 
 
-def _largest_that_fits(limit: int, row: int, most: int, peak: Callable[..., int]) -> tuple[int, int]:
+def tokens_of(shares: Sequence[Sequence[Example]], continues: bool, judge: Judge | None) -> int:
+    """How many tokens a branch takes, padding included."""
+    return judge.tokens(shares) if judge and judge.generates else layout(shares, continues)[0]
+
+
+def _largest_that_fits(limit: int, row: int, most: int, peak: Callable[[int], int]) -> tuple[int, int]:
     """How many tokens may go through the model together.
 
     Passes of twice as many rows are tried until one takes too much, or the whole step fits. In between, a straight line
@@ -140,13 +145,13 @@ def _largest_that_fits(limit: int, row: int, most: int, peak: Callable[..., int]
         limit: in bytes.
         row: tokens of the longest example.
         most: examples in a step.
-        peak: from a number of the longest example, and maybe `tokens_at_once`, to bytes.
+        peak: of so many of the longest example, in bytes.
 
     Returns:
         Tokens, which may be fewer than an example's; and the bytes that a pass takes with an example at a time.
     """
     aim = with_margin(limit)
-    fit, taken = row, (alone := peak(1, tokens_at_once=1))
+    fit, taken = row, (alone := peak(1))
     if alone > aim:
         return 1, alone
     for rows in [*(2**i for i in range(1, most.bit_length())), most]:

@@ -23,7 +23,7 @@ def train(
     progress: bool = True,
     **settings: Any,
 ) -> TrainResult:
-    """Fine-tune a converted model's sensitive weights with forward passes only.
+    """Fine-tune a converted model's sensitive weights.
 
     Args:
         resume: go on with the run in `adapter_path`; its own settings hold, and those given must agree with them.
@@ -80,13 +80,11 @@ def _resumed_config(recorded: dict[str, Any], given: dict[str, Any]) -> TrainCon
     """The recorded settings with the given ones; only those in `CHANGEABLE` may differ."""
     if set(recorded) != {f.name for f in fields(TrainConfig)}:
         raise UsageError("the run to resume was made by another version of zo-mlx: its settings are not this one's")
-    if is_function(recorded["objective"]) and "objective" not in given:
-        # A run may come from a stranger, and this would run any function it names.
-        raise UsageError(
-            f"the run's objective is a function: give --objective {recorded['objective']} to go on with it"
-        )
     config = TrainConfig(**{**recorded, "adapter_path": TrainConfig.adapter_path, **given})
     config.check()
+    if is_function(config.objective) and "objective" not in given:
+        # A run may come from a stranger, and this would run any function it names.
+        raise UsageError(f"the run's objective is a function: give --objective {config.objective} to go on with it")
     different = [k for k in sorted(given.keys() - CHANGEABLE) if getattr(config, k) != recorded[k]]
     if different:
         listed = ", ".join(f"{k} was {recorded[k]}" for k in different)
