@@ -186,6 +186,9 @@ def test_objectives_that_do_not_fit(tiny: Path, text_data: Path, tmp_path: Path)
         zo_mlx.evaluate(model, tokenizer, text_data, objective="f1", max_tokens=0)
     with pytest.raises(UsageError, match="needs an --epsilon"):
         zo_mlx.train(model=str(tiny), data=str(text_data), objective="f1", learning_rate=1e-3)
+    (text_data / "valid.jsonl").write_text('{"prompt": "x", "completion": " a", "choices": [" a", " b"]}\n')
+    with pytest.raises(UsageError, match="some of its files have choices and some have not"):
+        zo_mlx.train(model=str(tiny), data=str(text_data), objective="f1", batch_size=4)
     asked = {"role": "user", "content": "?"}
     for messages in ([asked], [asked, {"role": "assistant", "content": None}]):
         chats = write_jsonl(tmp_path / "chats.jsonl", [{"messages": messages}])

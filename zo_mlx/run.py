@@ -100,6 +100,10 @@ class Run:
         datasets = [d for d in (self.train_set, self.valid_set, self.test_set) if d is not None]
         self.judge = None
         if self.metric:
+            if len({d.kind for d in datasets}) > 1:
+                raise UsageError(
+                    f"{data}: some of its files have choices and some have not; scores need one or the other"
+                )
             config.max_tokens = config.max_tokens or longest_completion(self.train_set)
             self.judge = Judge(self.metric, self.tokenizer, self.train_set.kind, config.max_tokens)
         continuing = any(d.has_continuations for d in datasets)
