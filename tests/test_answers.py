@@ -21,6 +21,7 @@ from zo_mlx.head import split_head
 from zo_mlx.index import read_index
 from zo_mlx.metric import METRICS, Metric
 from zo_mlx.model import load_sparse
+from zo_mlx.objective import collate, scores
 from zo_mlx.step import make_loss
 
 WORDS = ["apple", "a rather long prompt of many words", "stone", "under the river", "x"]
@@ -194,6 +195,20 @@ def test_objectives_that_do_not_fit(tiny: Path, text_data: Path, tmp_path: Path)
         chats = write_jsonl(tmp_path / "chats.jsonl", [{"messages": messages}])
         with pytest.raises(UsageError, match="line 1: the last message must be the assistant's"):
             zo_mlx.evaluate(model, tokenizer, chats, objective="f1")
+
+
+def test_the_example(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the answers are worth, from the shares of right ones and of needless returns."""
+    monkeypatch.chdir(Path(__file__).parents[1])
+    model, tokenizer = zo_mlx.load(tiny)
+    result = zo_mlx.evaluate(model, tokenizer, "examples/support", objective="examples.triage:worth", progress=False)
+    dataset = load_dataset(Path("examples/support/test.jsonl"), tokenizer, 512)
+    winners = scores(split_head(model, continuing=True), collate([dataset.examples])).argmax(axis=-1)[0].tolist()
+    pairs = [(e.choices[w], e.choices[e.label or 0]) for e, w in zip(dataset.examples, winners, strict=True)]
+    right = sum(found == asked for found, asked in pairs)
+    needless = sum(found == " product" != asked for found, asked in pairs)
+    assert result.score == pytest.approx((right - 2 * needless) / 100)
+    assert 0 < right < 100
 
 
 @pytest.mark.parametrize("objective", ["accuracy", "scoring_of_mine:letters"])
