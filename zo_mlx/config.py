@@ -41,7 +41,7 @@ class TrainConfig:
     batch_size: int | None = _setting(None, "Examples per step; default: 4, or 16 for exact gradients.", least=1)
     num_layers: int = _setting(-1, "Train the sensitive weights of this many last blocks, -1 for all.", least=-1)
     cache_prefix: float | None = _setting(
-        None, "GB of the untrained first blocks' results to keep for later epochs.", least=0
+        None, "GB of the untrained first blocks' results to keep for later epochs; not for generated answers.", least=0
     )
     memory_limit: float | None = _setting(
         None, "GB that MLX is to use at most, weights included: fewer tokens at once.", least=1e-3
@@ -59,7 +59,7 @@ class TrainConfig:
     objective: str = _setting(
         CROSS_ENTROPY,
         "What to train on: cross-entropy, or the score of the model's answers: accuracy, exact-match, f1, or "
-        "module:function, a Python function score(prompt, output, example).",
+        "module:function, a Python function score(prompt, output, example). Scores mask prompts in the reported loss.",
     )
     max_tokens: int | None = _setting(
         None, "Tokens of an answer that is generated to be scored; default: of the longest completion.", least=1
