@@ -1,6 +1,7 @@
 """Answers of the branches of a model, and their scores: the objectives that need not be differentiable."""
 
 from collections.abc import Sequence
+from itertools import takewhile
 
 import mlx.core as mx
 import numpy as np
@@ -64,20 +65,16 @@ class Judge:
         last = states[mx.arange(len(prompts)), mx.array(lengths) - 1]
         for cache in caches:
             cache.step = self._max_tokens  # room for all that comes, at once
-        made = []
+        made, ends = [], self._tokenizer.eos_token_ids
         finished = np.zeros(len(prompts), bool)
         while True:
             tokens = greedy_tokens(head, last)
             made.append(tokens)
-            finished |= np.isin(tokens, list(self._tokenizer.eos_token_ids))
+            finished |= np.isin(tokens, list(ends))
             if finished.all() or len(made) == self._max_tokens:
                 break
             last = head.hidden(mx.array(tokens)[:, None], cache=caches)[:, 0]
-        return [self._up_to_end(row) for row in np.stack(made, axis=1).tolist()]
-
-    def _up_to_end(self, tokens: list[int]) -> list[int]:
-        ends = [i for i, t in enumerate(tokens) if t in self._tokenizer.eos_token_ids]
-        return tokens[: ends[0]] if ends else tokens
+        return [list(takewhile(lambda t: t not in ends, row)) for row in np.stack(made, axis=1).tolist()]
 
 
 def longest_completion(dataset: Dataset) -> int:

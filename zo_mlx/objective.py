@@ -4,7 +4,7 @@ Shapes: P branches, N rows of T tokens, R rows of L more tokens that go on from 
 E examples a branch, C choices, L target tokens.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -143,11 +143,7 @@ def scores(head: Head, batch: Batch) -> mx.array:
     """
     states = target_states(head, batch)
     mx.eval(states)  # frees the activations of the pass before any logits are made
-    parts = []
-    for log_probabilities, rows in _pieces(head, states, batch):
-        parts.append(log_probabilities(states[rows]))
-        mx.eval(parts[-1])
-    return _summed(mx.concatenate(parts), batch)
+    return _summed(_of_pieces(states, _pieces(head, states, batch)), batch)
 
 
 def states_gradient(head: Head, states: mx.array, batch: Batch, count: float) -> tuple[mx.array, mx.array]:
@@ -161,11 +157,7 @@ def states_gradient(head: Head, states: mx.array, batch: Batch, count: float) ->
         The loss, (), and (M, H).
     """
     pieces = list(_pieces(head, states, batch))
-    made = []
-    for log_probabilities, rows in pieces:
-        made.append(log_probabilities(states[rows]))
-        mx.eval(made[-1])
-    found = mx.concatenate(made)
+    found = _of_pieces(states, pieces)
     loss, back = mx.value_and_grad(lambda found: branch_losses(_summed(found, batch), batch, count).sum())(found)
     mx.eval(loss, back)
     gradients, done = [], 0
@@ -195,6 +187,15 @@ def _pieces(head: Head, states: mx.array, batch: Batch) -> Iterator[tuple[partia
         at = mx.array(batch.target_position[first:last] - start)
         tokens = mx.array(batch.target_token[first:last])
         yield partial(_log_probabilities, head=head, at=at, tokens=tokens), slice(start, start + step)
+
+
+def _of_pieces(states: mx.array, pieces: Iterable[tuple[partial[mx.array], slice]]) -> mx.array:
+    """The log-probabilities of all targets, (n,), with the logits of one piece at a time in memory."""
+    parts = []
+    for log_probabilities, rows in pieces:
+        parts.append(log_probabilities(states[rows]))
+        mx.eval(parts[-1])
+    return mx.concatenate(parts)
 
 
 def _log_probabilities(states: mx.array, head: Head, at: mx.array, tokens: mx.array) -> mx.array:

@@ -144,8 +144,8 @@ class Run:
         self.report({"event": "warning", "message": message})
 
     def load_data(self, path: Path) -> Dataset:
-        config = self.config
-        dataset = load_dataset(path, self.tokenizer, self.longest, config.mask_prompt, answers=self.metric is not None)
+        answers = self.metric is not None
+        dataset = load_dataset(path, self.tokenizer, self.longest, self.config.mask_prompt, answers)
         if dataset.truncated:
             self.warn(f"{path}: {dataset.truncated} sequences are longer than {self.longest} tokens and were cut")
         return dataset
