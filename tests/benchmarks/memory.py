@@ -5,7 +5,7 @@
 For batches of 1 to 32 rows of 64 to 1024 tokens: MLX's peak, weights included, while evaluating the rows once, and
 while training on them with a memory limit of 1.1 times that. LoRA (all layers, rank 8, Adam, with gradient
 checkpointing) has the same weights dequantized to float32, so only what it takes above them is given, for batches
-that do not take more than this machine has.
+that do not take more than this machine has. With --json, points that the file has already are not measured again.
 """
 
 import zo_mlx  # isort: skip  # noqa: F401  (first, so that MLX gets a fast BLAS)
@@ -40,15 +40,23 @@ def examples_of(rows: int, length: int, vocabulary: int) -> list[Example]:
     return [Example([row], [[Target(0, length - 1, t)] for t in (5, 6)], 0, ("a", "b")) for row in tokens]
 
 
-def measure(path: Path) -> list[dict[str, Any]]:
+def measure(path: Path, kept: Path | None) -> list[dict[str, Any]]:
     """Peaks in bytes for every batch and length, ours with the weights, LoRA's above them."""
+    points: list[dict[str, Any]] = json.loads(kept.read_text()) if kept and kept.exists() else []
+
+    def keep(point: dict[str, Any]) -> None:
+        print(point, flush=True)
+        if kept:
+            kept.write_text(json.dumps(points))
+
     sparse, _, index, config = load_sparse(path)
     head, values = split_head(sparse.model), index.initial_values()
     mx.eval(sparse.model.parameters(), values)
     weights = mx.get_active_memory()
-    points = []
     for length in LENGTHS:
         for rows in BATCHES:
+            if any((p["rows"], p["length"]) == (rows, length) for p in points):
+                continue
             examples = examples_of(rows, length, config["vocab_size"])
             sparse.set_values(values[None])
             evaluating = peak_of(lambda e=examples: mx.eval(scores(head, collate([e]))))  # type: ignore[misc]
@@ -62,18 +70,26 @@ def measure(path: Path) -> list[dict[str, Any]]:
                 ),
                 limit,
             )
-            points.append({"rows": rows, "length": length, "evaluating": evaluating, "training": training})
-            print(points[-1], flush=True)
+            points.append(
+                {
+                    "rows": rows,
+                    "length": length,
+                    "weights": weights,
+                    "evaluating": evaluating,
+                    "training": training,
+                }
+            )
+            keep(points[-1])
     model = dense_model(path)
     lora = lora_step(model)
     lora(examples_of(1, 16, config["vocab_size"]))  # the optimizer's state exists
-    for point in (p for p in points if p["rows"] * p["length"] <= LORA_TOKENS):
+    for point in (p for p in points if p["rows"] * p["length"] <= LORA_TOKENS and "lora" not in p):
         examples = examples_of(point["rows"], point["length"], config["vocab_size"])
         before = mx.get_active_memory()
         with checkpointed(model):
             point["lora"] = peak_of(lambda e=examples: lora(e)) - before  # type: ignore[misc]
-        print(point, flush=True)
-    return [{**point, "weights": weights} for point in points]
+        keep(point)
+    return points
 
 
 def draw(points: list[dict[str, Any]], path: Path) -> None:
@@ -102,10 +118,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="demo/model")
     parser.add_argument("--plot", metavar="FILE")
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--json", metavar="FILE", help="where the points are kept")
     args = parser.parse_args()
     with bounded_cache():
-        points = measure(Path(args.model))
+        points = measure(Path(args.model), args.json and Path(args.json))
     print(f"{args.model}, {mx.default_device()}, weights {points[0]['weights'] / 1e6:.0f} MB")
     print(f"{'rows':>5}{'tokens':>8}{'evaluating MB':>15}{'training MB':>13}{'ratio':>7}{'LoRA above MB':>15}")
     for p in points:
@@ -115,8 +131,6 @@ def main() -> None:
         )
     if args.plot:
         draw(points, Path(args.plot))
-    if args.json:
-        Path(args.json).write_text(json.dumps(points))
 
 
 if __name__ == "__main__":
