@@ -40,6 +40,9 @@ def test_chosen_positions_equal_full_logits(kind: str) -> None:
     chosen = head.logits(states[at[:, 0], at[:, 1]])
     assert mx.abs(chosen - full[at[:, 0], at[:, 1]]).max() < 1e-5
     assert mx.array_equal(model(tokens), full), "splitting changed the model"
+    with head.narrowed(mx.array([7, 0, 49])):
+        assert mx.abs(head.logits(states) - full[..., mx.array([7, 0, 49])]).max() < 1e-5
+    assert mx.array_equal(model(tokens), full), "the vocabulary is not what it was"
     # gemma2 has no masks for each row; where some layers see only the last tokens (cohere2) there are other caches.
     assert head.continues == (kind not in ("soft-capped", "scaled"))
 
@@ -77,3 +80,16 @@ def test_a_head_that_cannot_be_separated_falls_back_to_full_logits() -> None:
     tokens = mx.array([[5, 6, 7], [8, 9, 10]])
     assert mx.array_equal(head.logits(head.hidden(tokens)), model(tokens))
     assert head.hidden(tokens).shape == (2, 3, 50)
+    assert head.vocabulary is None
+
+
+def test_a_head_that_takes_the_vocabulary_for_whole_is_not_narrowed() -> None:
+    class Centred(llama.Model):
+        def __call__(self, inputs: mx.array, *args: object, **kwargs: object) -> mx.array:
+            logits = super().__call__(inputs, *args, **kwargs)
+            return logits - logits.mean(axis=-1, keepdims=True)
+
+    model = llama.Model(llama.ModelArgs.from_dict({**SIZES, "model_type": "llama"}))
+    assert split_head(model).vocabulary is model.model.embed_tokens
+    model.__class__ = Centred
+    assert split_head(model).vocabulary is None

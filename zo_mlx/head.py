@@ -3,11 +3,13 @@
 For a completion of 3 tokens after a prompt of 200, the output head is needed at 3 positions, not 203. mlx-lm models
 call an inner model and then apply their head to its result (tied or not, scaled, soft-capped). To apply just the
 head, call the outer model while the inner one returns the states we hand it. `split_head` proves numerically that this
-equals the full model, and falls back to full logits where it does not. Rows that go on from the same prompt can share
-its keys and values, in mlx-lm's own caches, where that is found to be exact.
+equals the full model, and falls back to full logits where it does not. Where only some tokens of the vocabulary are of
+interest, the layer with a row for each is left with theirs meanwhile, if that is found to give the same. Rows that go
+on from the same prompt can share its keys and values, in mlx-lm's own caches, where that is found to be exact.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -17,6 +19,9 @@ from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
 # The outer model is called on one token that is not among those of the check: a head that looks at tokens must fail it.
 _ANY_TOKEN = [[0]]
 _CHECK_TOKENS = [[1, 3, 2], [2, 1, 3]]
+_CHECK_COLUMNS = [4, 1]
+# Of a layer, what has a row for each of its outputs.
+_BY_ROW = ("weight", "scales", "biases", "bias")
 
 
 class Head:
@@ -25,6 +30,7 @@ class Head:
     Attributes:
         hidden: tokens (N, T) int32, and maybe a `cache` -> states (N, T, H).
         logits: states (..., H) -> logits (..., V).
+        vocabulary: the layer that has a row for each token of the vocabulary, if it can do with some of them.
         continues: whether `continued` and `begun` can be used, if that was asked.
     """
 
@@ -33,11 +39,24 @@ class Head:
         hidden: Callable[..., mx.array],
         logits: Callable[[mx.array], mx.array],
         blocks: int | None = None,
+        vocabulary: nn.Module | None = None,
     ):
         self.hidden = hidden
         self.logits = logits
+        self.vocabulary = vocabulary
         self._blocks = blocks
         self.continues = blocks is not None and _continues(self)
+
+    @contextlib.contextmanager
+    def narrowed(self, tokens: mx.array) -> Iterator[None]:
+        """While it lasts, `logits` are those of some tokens (n,) only: (..., n). The model cannot be called."""
+        assert self.vocabulary is not None
+        whole = {name: self.vocabulary[name] for name in _BY_ROW if name in self.vocabulary}
+        self.vocabulary.update({name: array[tokens] for name, array in whole.items()})
+        try:
+            yield
+        finally:
+            self.vocabulary.update(whole)
 
     def continued(
         self, prompts: mx.array, lengths: list[int], rows: mx.array, parents: list[int]
@@ -78,7 +97,29 @@ def split_head(model: nn.Module, continuing: bool = False) -> Head:
     Args:
         continuing: find out whether rows can go on from a prompt, which takes three short passes.
     """
-    return Head(*_halves(model), _plain_caches(model) if continuing else None)
+    hidden, logits = _halves(model)
+    vocabulary = None if hidden is model else _vocabulary(model, logits)
+    return Head(hidden, logits, _plain_caches(model) if continuing else None, vocabulary)
+
+
+def _vocabulary(model: nn.Module, logits: Callable[[mx.array], mx.array]) -> nn.Module | None:
+    """The layer of which `logits` takes all rows, one for each token, and could take some."""
+    inner = model.model
+    states = inner(mx.array(_CHECK_TOKENS))
+    expected = logits(states)
+    mx.eval(states, expected)
+    columns = mx.array(_CHECK_COLUMNS)
+    for layer in (model.get("lm_head"), inner.get("embed_tokens")):
+        if isinstance(layer, (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)):
+            try:
+                with Head(inner, logits, vocabulary=layer).narrowed(columns):
+                    got = logits(states)
+                    mx.eval(got)
+            except Exception:  # whatever an architecture does with logits of a vocabulary that is not its own
+                continue
+            if got.shape == (*states.shape[:-1], len(columns)) and _close(got, expected[..., columns]):
+                return layer
+    return None
 
 
 def _halves(model: nn.Module) -> tuple[Callable[..., mx.array], Callable[[mx.array], mx.array]]:

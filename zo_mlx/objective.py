@@ -4,6 +4,7 @@ Shapes: P branches, N rows of T tokens, R rows of L more tokens that go on from 
 E examples a branch, C choices, L target tokens.
 """
 
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -59,6 +60,12 @@ class Batch:
     target_token: np.ndarray
     slots: np.ndarray
     labels: mx.array | None
+
+    @property
+    def has_one_normalizer(self) -> bool:
+        """Whether an example's choices are all of one token and at one position, where only differences count."""
+        at = np.append(self.target_position, -1)[self.slots]  # -1 where there is none
+        return self.labels is not None and at.shape[-1] == 1 and bool(((at == at[..., :1, :]) | (at == -1)).all())
 
 
 def layout(branches: Sequence[Sequence[Example]], share: bool) -> tuple[int, bool]:
@@ -136,14 +143,15 @@ def padded(rows: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
 
 
 def scores(head: Head, batch: Batch) -> mx.array:
-    """Sum of the log-probabilities of each choice's tokens.
+    """Sum of the log-probabilities of each choice's tokens, but for what an example's choices have in common.
 
     Returns:
         (P, E, C) float32; -inf where an example has fewer than C choices.
     """
     states = target_states(head, batch)
     mx.eval(states)  # frees the activations of the pass before any logits are made
-    return _summed(_of_pieces(states, _pieces(head, states, batch)), batch)
+    with _looked_at(head, batch) as looked_at:
+        return _summed(_of_pieces(states, _pieces(head, states, looked_at)), batch)
 
 
 def states_gradient(head: Head, states: mx.array, batch: Batch, count: float) -> tuple[mx.array, mx.array]:
@@ -156,17 +164,19 @@ def states_gradient(head: Head, states: mx.array, batch: Batch, count: float) ->
     Returns:
         The loss, (), and (M, H).
     """
-    pieces = list(_pieces(head, states, batch))
-    found = _of_pieces(states, pieces)
-    loss, back = mx.value_and_grad(lambda found: branch_losses(_summed(found, batch), batch, count).sum())(found)
-    mx.eval(loss, back)
-    gradients, done = [], 0
-    for log_probabilities, rows in pieces:
-        size = log_probabilities.keywords["at"].size
-        _, (gradient,) = mx.vjp(log_probabilities, [states[rows]], [back[done : done + size]])
-        mx.eval(gradient)
-        gradients.append(gradient)
-        done += size
+    mx.eval(states)
+    with _looked_at(head, batch) as looked_at:
+        pieces = list(_pieces(head, states, looked_at))
+        found = _of_pieces(states, pieces)
+        loss, back = mx.value_and_grad(lambda found: branch_losses(_summed(found, batch), batch, count).sum())(found)
+        mx.eval(loss, back)
+        gradients, done = [], 0
+        for log_probabilities, rows in pieces:
+            size = log_probabilities.keywords["at"].size
+            _, (gradient,) = mx.vjp(log_probabilities, [states[rows]], [back[done : done + size]])
+            mx.eval(gradient)
+            gradients.append(gradient)
+            done += size
     return loss, mx.concatenate(gradients)
 
 
@@ -179,14 +189,41 @@ def target_states(head: Head, batch: Batch) -> mx.array:
     return mx.concatenate([x.reshape(-1, x.shape[-1]) for x in states])[mx.array(batch.positions)]
 
 
-def _pieces(head: Head, states: mx.array, batch: Batch) -> Iterator[tuple[partial[mx.array], slice]]:
+@dataclass
+class _LookedAt:
+    """Of which logits the log-probabilities of a batch's targets are made.
+
+    Attributes:
+        positions: (n,) which state each target looks at, non-decreasing.
+        columns: (n,) and which of its logits.
+        normalized: whether these are the logits of the whole vocabulary.
+    """
+
+    positions: np.ndarray
+    columns: np.ndarray
+    normalized: bool
+
+
+@contextlib.contextmanager
+def _looked_at(head: Head, batch: Batch) -> Iterator[_LookedAt]:
+    """While it lasts, the head makes no more logits than are needed."""
+    if head.vocabulary is None or not batch.has_one_normalizer:
+        yield _LookedAt(batch.target_position, batch.target_token, True)
+        return
+    tokens, columns = np.unique(batch.target_token, return_inverse=True)
+    with head.narrowed(mx.array(tokens)):
+        yield _LookedAt(batch.target_position, columns, False)
+
+
+def _pieces(head: Head, states: mx.array, looked_at: _LookedAt) -> Iterator[tuple[partial[mx.array], slice]]:
     """Some rows of the states after the others, and what makes the log-probabilities of their targets from them."""
     step = _rows_at_once(head, states)
     for start in range(0, len(states), step):
-        first, last = np.searchsorted(batch.target_position, [start, start + step])
-        at = mx.array(batch.target_position[first:last] - start)
-        tokens = mx.array(batch.target_token[first:last])
-        yield partial(_log_probabilities, head=head, at=at, tokens=tokens), slice(start, start + step)
+        first, last = np.searchsorted(looked_at.positions, [start, start + step])
+        at = mx.array(looked_at.positions[first:last] - start)
+        columns = mx.array(looked_at.columns[first:last])
+        found = partial(_log_probabilities, head=head, at=at, columns=columns, normalized=looked_at.normalized)
+        yield found, slice(start, start + step)
 
 
 def _of_pieces(states: mx.array, pieces: Iterable[tuple[partial[mx.array], slice]]) -> mx.array:
@@ -198,9 +235,10 @@ def _of_pieces(states: mx.array, pieces: Iterable[tuple[partial[mx.array], slice
     return mx.concatenate(parts)
 
 
-def _log_probabilities(states: mx.array, head: Head, at: mx.array, tokens: mx.array) -> mx.array:
+def _log_probabilities(states: mx.array, head: Head, at: mx.array, columns: mx.array, normalized: bool) -> mx.array:
     logits = head.logits(states).astype(mx.float32)
-    return logits[at, tokens] - mx.logsumexp(logits, axis=-1)[at]
+    found = logits[at, columns]
+    return found - mx.logsumexp(logits, axis=-1)[at] if normalized else found
 
 
 def _summed(log_probabilities: mx.array, batch: Batch) -> mx.array:
