@@ -97,18 +97,13 @@ def test_it_is_the_gradient_of_the_dense_model(
     assert np.abs(np.array(got) - expected).max() < 1e-5 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("cache_bytes", [None, 1 << 30])
-def test_of_the_last_blocks_alone(
-    cache_bytes: int | None,
-    spread: Path,
-    examples: dict[str, list[Example]],
-) -> None:
+def test_of_the_last_blocks_alone(spread: Path, examples: dict[str, list[Example]]) -> None:
     sparse, _, index, _ = load_sparse(spread)
     everything = index.initial_values()
     _, expected = dense_gradient(spread, np.array(everything), examples["choices"])
     trained = sparse.train_last(1, everything)
     blocks = BlockwiseModel(sparse.model)
-    prefix = Prefix(blocks, sparse.first_block, cache_bytes)
+    prefix = Prefix(blocks, sparse.first_block)
     _, got = ExactGradient(sparse, split_head(sparse.model), blocks, prefix)(
         everything[mx.array(trained)], examples["choices"]
     )

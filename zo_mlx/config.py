@@ -39,7 +39,12 @@ class TrainConfig:
     adapter_path: str = _setting("adapters", "Directory for the result.")
     seed: int = _setting(0, "Decides data order and directions.", least=0)
     batch_size: int | None = _setting(None, "Examples per step; default: 4, or 16 for exact gradients.", least=1)
-    num_layers: int = _setting(-1, "Train the sensitive weights of this many last blocks, -1 for all.", least=-1)
+    num_layers: int | None = _setting(
+        None,
+        "Train the sensitive weights of this many last blocks, -1 for all; default: half of them, or all for exact "
+        "gradients.",
+        least=-1,
+    )
     cache_prefix: float | None = _setting(
         None, "GB of the untrained first blocks' results to keep for later epochs; not for generated answers.", least=0
     )

@@ -85,6 +85,12 @@ class Dataset:
         """Whether any examples have several rows, which go on from the same prompt."""
         return any(len(e.rows) > 1 for e in self.examples)
 
+    @property
+    def unshared(self) -> float:
+        """The share of tokens that is left where an example's rows go on from its prompt."""
+        left = sum(sum(map(len, e.rows)) - (len(e.rows) - 1) * e.prompt_length for e in self.examples)
+        return left / sum(len(row) for e in self.examples for row in e.rows)
+
     def __len__(self) -> int:
         return len(self.examples)
 

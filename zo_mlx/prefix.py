@@ -1,29 +1,62 @@
 """The blocks before the first one with trainable weights: what they compute is the same for all branches of a step."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import mlx.core as mx
 
 from .blocks import BlockwiseModel
 from .data import Example
 
+# What goes into the first trained block, (T, H) for each row of an example, by the example's identity.
+States = dict[int, list[mx.array]]
+# Its tokens, the identity of the example it is of, and which of that example's rows it is.
+Row = tuple[list[int], int, int]
+
+
+# Passes of this many tokens lose little by reading the weights again, and less by padding.
+PASS_TOKENS = 512
+
 
 class Prefix:
-    """Runs those blocks once for rows that several branches see, or once for all epochs.
+    """Runs those blocks once for examples that several branches see, or once for all epochs.
+
+    Which examples go through them together decides the last bits of what comes out. So that a resumed run has the same,
+    that is decided by the groups given here and to `prepare`, not by what happens to be there already.
 
     Args:
         blocks: the model; its blocks are a plain chain.
         first: the number of the first block with trainable weights.
-        cache_bytes: how much of what comes before it is kept; then every example is computed by itself, so that its
-            bits do not depend on the batch it is met in, nor on what is kept. None keeps nothing.
+        groups: examples whose states are kept, as far as there is room.
+        cache_bytes: how much is kept.
+        tokens_at_once: the most tokens of one pass, padding included, if fewer than `PASS_TOKENS`.
     """
 
-    def __init__(self, blocks: BlockwiseModel, first: int, cache_bytes: int | None):
+    def __init__(
+        self,
+        blocks: BlockwiseModel,
+        first: int,
+        groups: Iterable[Sequence[Example]] = (),
+        cache_bytes: int = 0,
+        tokens_at_once: int | None = None,
+    ):
         self._blocks, self._first = blocks, first
-        self._left = cache_bytes
-        self._kept: dict[int, list[mx.array]] = {}
-        self._last: tuple[list[list[int]], mx.array] | None = None
+        self._tokens_at_once = min(tokens_at_once or PASS_TOKENS, PASS_TOKENS)
+        self._group: dict[int, Sequence[Example]] = {}
+        self._kept: States = {}
+        self._near: States = {}
+        left = cache_bytes // blocks.inputs(mx.array([[0]]), first).nbytes if cache_bytes else 0
+        for group in groups:
+            left -= sum(len(row) for e in group for row in e.rows)
+            if left < 0:
+                break
+            self._group.update({id(e): group for e in group})
+
+    def prepare(self, examples: Sequence[Example]) -> None:
+        """Run the blocks for the examples of some steps to come; of those before nothing is left but what is kept."""
+        near = [e for e in examples if id(e) not in self._group]
+        if any(id(e) not in self._near for e in near):
+            self._near = self._computed(near)
 
     def skipped(
         self, tokens: mx.array, branches: Sequence[Sequence[Example]]
@@ -38,43 +71,42 @@ class Prefix:
 
     def states(self, tokens: mx.array, branches: Sequence[Sequence[Example]]) -> mx.array:
         """What goes into the first trained block, (P * N, T, H); arguments are those of `skipped`."""
-        seen = [[id(e) for e in examples] for examples in branches]
-        distinct = [b for b, ids in enumerate(seen) if ids not in seen[:b]]
-        which = [seen[b] for b in distinct]
-        if self._last is None or self._last[0] != which:
-            rows = tokens.reshape(len(branches), -1, tokens.shape[-1])[mx.array(distinct)]
-            states = (
-                self._batched(rows) if self._left is None else self._one_by_one(rows, [branches[b] for b in distinct])
-            )
-            mx.eval(states)
-            self._last = which, states
-        states = self._last[1][mx.array([which.index(ids) for ids in seen])]
+        ids = [[id(e) for e in examples] for examples in branches]
+        distinct = [b for b in range(len(ids)) if ids[b] not in ids[:b]]
+        self.prepare([e for b in distinct for e in branches[b]])
+        rows, width = tokens.shape[0] // len(branches), tokens.shape[1]
+        stacked = []
+        for b in distinct:
+            padded = [mx.pad(x, [(0, width - len(x)), (0, 0)]) for e in branches[b] for x in self._states_of(e)]
+            stacked.append(mx.stack(padded + [mx.zeros_like(padded[0])] * (rows - len(padded))))
+        which = [ids[b] for b in distinct]
+        states = mx.stack(stacked)[mx.array([which.index(own) for own in ids])]
         return states.reshape(*tokens.shape, -1)
 
-    def _batched(self, rows: mx.array) -> mx.array:
-        """(P, N, T) tokens -> (P, N, T, H)."""
-        states = self._blocks.inputs(rows.reshape(-1, rows.shape[-1]), self._first)
-        return states.reshape(*rows.shape, -1)
-
-    def _one_by_one(self, rows: mx.array, branches: Sequence[Sequence[Example]]) -> mx.array:
-        """The same, every row without padding, from what is kept where it is."""
-        result = []
-        for examples in branches:
-            own = [state for example in examples for state in self._states_of(example)]
-            width = rows.shape[-1]
-            padded = [mx.pad(x, [(0, width - len(x)), (0, 0)]) for x in own]
-            padded += [mx.zeros_like(padded[0])] * (rows.shape[1] - len(own))
-            result.append(mx.stack(padded))
-        return mx.stack(result)
-
     def _states_of(self, example: Example) -> list[mx.array]:
-        """What goes into the first trained block, (T, H) for each row of an example."""
-        assert self._left is not None
-        if (kept := self._kept.get(id(example))) is not None:
-            return kept
-        states = [self._blocks.inputs(mx.array([row]), self._first)[0] for row in example.rows]
-        mx.eval(states)
-        if (size := sum(x.nbytes for x in states)) <= self._left:
-            self._left -= size
-            self._kept[id(example)] = states
-        return states
+        if (group := self._group.get(id(example))) is None:
+            return self._near[id(example)]
+        if id(example) not in self._kept:
+            self._kept |= self._computed(group)
+        return self._kept[id(example)]
+
+    def _computed(self, examples: Sequence[Example]) -> States:
+        """In passes of rows of like lengths."""
+        found: States = {id(e): [mx.zeros(0)] * len(e.rows) for e in examples}
+        rows = [(row, id(e), place) for e in examples for place, row in enumerate(e.rows)]
+        for some in self._passes(sorted(rows, key=lambda r: len(r[0]))):
+            width = len(some[-1][0])
+            states = self._blocks.inputs(mx.array([row + [0] * (width - len(row)) for row, _, _ in some]), self._first)
+            for number, (row, owner, place) in enumerate(some):
+                found[owner][place] = mx.contiguous(states[number, : len(row)])
+            mx.eval(found)  # type: ignore[arg-type]
+        return found
+
+    def _passes(self, rows: list[Row]) -> Iterator[list[Row]]:
+        """Rows in order of length, cut where there are too many tokens."""
+        start = 0
+        for end, row in enumerate(rows):
+            if start < end and (end - start + 1) * len(row[0]) > self._tokens_at_once:
+                yield rows[start:end]
+                start = end
+        yield rows[start:]

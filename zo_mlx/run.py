@@ -121,6 +121,8 @@ class Run:
             self.prints["objective"] = sha256(self.metric.path)
         self.all_values = index.initial_values()
         blocks = len(self.sparse.model.layers)
+        if config.num_layers is None:
+            config.num_layers = -1 if config.gradient == "exact" else self.sparse.last_half()
         last = blocks if config.num_layers == -1 else config.num_layers
         self.trained = mx.array(self.sparse.train_last(last, self.all_values))
         self.values = self.all_values[self.trained]
@@ -196,30 +198,50 @@ class Run:
         best = adapter.read_best(self.directory, past.identity)
         self.best = best if best and best.iteration <= self.done else None
 
-    def examples(self, number: int) -> list[Any]:
-        """The examples of step `number`, a function of (data, seed, number)."""
+    def examples(self, number: int, most: int = 1) -> list[Any]:
+        """The examples of step `number`, a function of (data, seed, number).
+
+        Args:
+            most: with those of this many steps, of a division of the epoch.
+        """
         epoch, position = divmod(number - 1, len(self.train_set) // self.batch_size)
         if self.epoch[0] != epoch:
             order = batch_order(self.train_set.examples, self.batch_size, self.config.seed, epoch)
             self.epoch = epoch, order
-        return [self.train_set.examples[i] for i in self.epoch[1][position]]
+        first = position // most * most
+        return [self.train_set.examples[i] for batch in self.epoch[1][first : first + most] for i in batch]
+
+    def prefers_prompts(self, trained: float) -> bool:
+        """Whether answers are generated from prompts, or rows that go on from them save more than the first blocks do.
+
+        Args:
+            trained: the share of the other blocks.
+        """
+        if self.judge and self.judge.generates:
+            return True
+        return self.config.gradient == "zo" and self.head.continues and self.train_set.unshared < trained
 
     def step_function(self) -> Callable[[list[Any], int], tuple[mx.array, State, journal.Record]]:
         """What takes the next step: from examples and its number, to new values, new state, and its record."""
         config, first = self.config, self.sparse.first_block
         prefix = None
-        if self.blocks and first > 0:
-            size = None if config.cache_prefix is None else int(config.cache_prefix * 1e9)
-            prefix = Prefix(self.blocks, first, size)
-        if config.gradient == "exact":
-            gradient = ExactGradient(self.sparse, self.head, self.blocks, prefix, config.tokens_at_once)
-            return lambda examples, number: exact_step(
-                gradient, self.optimizer, self.values, self.state, examples, number
-            )
+        # As many rows as a step's branches have go through the first blocks together.
+        steps = rows_of_step(config) // self.batch_size
+        if self.blocks and first > 0 and not self.prefers_prompts(1 - first / len(self.blocks.blocks)):
+            groups = [self.examples(i + 1, steps) for i in range(0, len(self.train_set) // self.batch_size, steps)]
+            size = int((config.cache_prefix or 0) * 1e9)
+            prefix = Prefix(self.blocks, first, groups, size, config.tokens_at_once)
+        gradient = ExactGradient(self.sparse, self.head, self.blocks, prefix, config.tokens_at_once)
         loss = make_loss(self.sparse, self.head, prefix, config.tokens_at_once, self.judge)
-        return lambda examples, number: step(
-            loss, self.optimizer, self.values, self.state, examples, number, config, self.scale
-        )
+
+        def take(examples: list[Any], number: int) -> tuple[mx.array, State, journal.Record]:
+            if prefix:
+                prefix.prepare(self.examples(number, steps))
+            if config.gradient == "exact":
+                return exact_step(gradient, self.optimizer, self.values, self.state, examples, number)
+            return step(loss, self.optimizer, self.values, self.state, examples, number, config, self.scale)
+
+        return take
 
     def evaluate(self, dataset: Dataset, batches: int) -> Evaluation:
         self.sparse.set_values(self.values[None])

@@ -178,6 +178,11 @@ class SparseModel:
         self._ends = np.cumsum([end - start for _, start, end in kept]).tolist()
         return np.concatenate([np.arange(start, end, dtype=np.uint32) for _, start, end in kept])
 
+    def last_half(self) -> int:
+        """How many blocks are the last half of all, or -1 if these have no trainable weights."""
+        half = -(-len(self.model.layers) // 2)
+        return half if max(self._block_numbers()) >= len(self.model.layers) - half else -1
+
     def spans(self) -> dict[int, list[tuple[SparseLinear | SparseSwitchLinear, int, int]]]:
         """By block: its layers, and where their values begin and end."""
         found: dict[int, list[tuple[SparseLinear | SparseSwitchLinear, int, int]]] = {}

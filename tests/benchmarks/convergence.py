@@ -3,11 +3,12 @@
     python tests/benchmarks/convergence.py --data DIR [--tasks sst2,trec] [--arms default,spsa-0.0002] [--seeds 0,1]
         [--rows 9600] [--results FILE] [--plot FILE]
 
-DIR holds a directory of JSON lines for each task. The budget is rows of the batch that went forward (those of LoRA and
-of exact gradients count three times, for the backward pass), so that arms compare: SPSA with batches of 16 takes 32 a
-step, 600 passes of its batch are 9600. Validation is at 1/9, 1/3, 2/3 and all of the budget, on the first `--valid`
-examples. Results go to a file of JSON lines, one for each arm, task and seed; what is there is not run again. An arm
-with `mask` or `density` needs the model converted so, which is done once, in `--work`.
+DIR holds a directory of JSON lines for each task. The budget is rows of the batch that went forward, so that arms
+compare: SPSA with batches of 16 takes 32 a step, 600 passes of its batch are 9600. Those of LoRA and of exact gradients
+count three times, for the backward pass; through some of the blocks a row counts for as much as they are of all.
+Validation is at 1/9, 1/3, 2/3 and all of the budget, on the first `--valid` examples. Results go to a file of JSON
+lines, one for each arm, task and seed; what is there is not run again. An arm with `mask` or `density` needs the model
+converted so, which is done once, in `--work`.
 """
 
 import zo_mlx  # isort: skip  # noqa: F401  (first, so that MLX gets a fast BLAS)
@@ -33,7 +34,9 @@ from zo_mlx.step import rows_of_step
 
 Points = list[dict[str, Any]]
 
-SPSA: dict[str, Any] = {"estimator": "two-sided", "directions": 1, "batch_size": 16, "epsilon": 1e-3}
+SPSA: dict[str, Any] = {
+    "estimator": "two-sided", "directions": 1, "batch_size": 16, "epsilon": 1e-3, "num_layers": -1
+}  # fmt: skip
 
 
 def _constant(rate: float) -> dict[str, Any]:
@@ -43,6 +46,8 @@ def _constant(rate: float) -> dict[str, Any]:
 # Settings of `zo_mlx.train`, and `mask`, `density` and `scope` of `zo_mlx.convert`.
 ARMS: dict[str, dict[str, Any]] = {
     "default": {},
+    **{f"last-{n}": {"num_layers": n} for n in (4, 8, 20)},
+    "all-blocks": {"num_layers": -1},
     **{f"spsa-{rate:g}": {**SPSA, **_constant(rate)} for rate in (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 4e-4, 8e-4)},
     "two-sided": {"estimator": "two-sided", "batch_size": 16},
     "two-sided-1": {"estimator": "two-sided", "batch_size": 16, "directions": 1},
@@ -80,6 +85,10 @@ def zo_run(path: Path, settings: dict[str, Any], data: Path, args: argparse.Name
     """Validations of a training run."""
     config = resolved(zo_mlx.TrainConfig(**settings))
     rows = rows_of_step(config) * (3 if config.gradient == "exact" else 1)
+    if config.gradient == "zo" and config.num_layers != -1:  # the blocks before are computed once for all branches
+        sparse = load_sparse(path)[0]
+        part = (config.num_layers or sparse.last_half()) / len(sparse.model.layers)
+        rows = part * rows + (1 - part) * filled(config.batch_size)
     points: Points = []
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as work:
@@ -91,7 +100,9 @@ def zo_run(path: Path, settings: dict[str, Any], data: Path, args: argparse.Name
             )  # fmt: skip
             if not points:
                 points.append({"rows": 0, "seconds": 0.0, **_numbers(result.before)})
-            points.append({"rows": steps * rows, "seconds": time.perf_counter() - started, **_numbers(result.after)})
+            points.append(
+                {"rows": round(steps * rows), "seconds": time.perf_counter() - started, **_numbers(result.after)}
+            )
     return points
 
 

@@ -84,20 +84,20 @@ def own_arms(sparse: SparseModel, config: TrainConfig, values: mx.array, tokens_
 
 
 def last_arms(path: Path, blocks: int, config: TrainConfig) -> tuple[Arms, Callable[[list[Any]], object]]:
-    """Steps that train the last blocks, and what fills the cache with a batch."""
+    """Steps that train the last blocks, and what runs the others for a batch beforehand."""
     sparse, _, index, _ = load_sparse(path)
     head, all_values = split_head(sparse.model), index.initial_values()
     values = all_values[mx.array(sparse.train_last(blocks, all_values))]
-    model, arms = BlockwiseModel(sparse.model), {}
-    for name, cache_bytes in (("last", None), ("last-warm", 1 << 30)):
-        prefix = Prefix(model, sparse.first_block, cache_bytes)
-        loss, optimizer = make_loss(sparse, head, prefix), Optimizer(config, values)
+    model, optimizer = BlockwiseModel(sparse.model), Optimizer(config, values)
+    warm = Prefix(model, sparse.first_block)
 
-        def arm(examples: list[Any], n: int, f: Any = loss, o: Any = optimizer, state: Any = optimizer.state) -> None:
-            mx.eval(step(f, o, values, state, examples, n + 1, config)[0])
+    def arm(examples: list[Any], n: int, prefix: Prefix) -> None:
+        mx.eval(step(make_loss(sparse, head, prefix), optimizer, values, optimizer.state, examples, n + 1, config)[0])
 
-        arms[name] = arm
-    return arms, lambda examples: prefix.skipped(collate([examples]).tokens, [examples])
+    return {
+        "last": lambda examples, n: arm(examples, n, Prefix(model, sparse.first_block)),
+        "last-warm": lambda examples, n: arm(examples, n, warm),
+    }, warm.prepare
 
 
 def other_arms(path: Path) -> Arms:
