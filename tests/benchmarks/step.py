@@ -4,13 +4,14 @@
         [--tokens-at-once N] [--json FILE]
 
 All arms run in one process, in alternation, on the same batches; the table gives medians, and the ratio is the median
-of the ratios of neighbours. `floor` is one stacked pass of the base model with logits at the target positions only,
-as in the step; `full` computes logits everywhere, as calling the model does; `step-parts` is the step in passes of at
-most N tokens; `exact` is a step with the exact gradient, which sees each row once, not in two branches. With `--others`
-all arms compute with dense float32 weights, dequantized once: `mezo` perturbs all weights in place, `mezo-sparse` the
-sensitive ones, both with two passes of one direction; `lora` is mlx-lm's step (all layers, rank 8, Adam), also with its
-gradient checkpointing. With `--num-layers N` there are steps that train the last N blocks: `last`, and `last-warm`,
-which finds what comes before them in its cache.
+of the ratios of neighbours. `floor` is one stacked pass of the base model with the logits that a step makes, at the
+target positions and of the choices; `vocabulary` is the same with logits of the whole vocabulary there; `full` computes
+logits everywhere, as calling the model does; `step-parts` is the step in passes of at most N tokens; `exact` is a step
+with the exact gradient, which sees each row once, not in two branches. With `--others` all arms compute with dense
+float32 weights, dequantized once: `mezo` perturbs all weights in place, `mezo-sparse` the sensitive ones, both with two
+passes of one direction; `lora` is mlx-lm's step (all layers, rank 8, Adam), also with its gradient checkpointing. With
+`--num-layers N` there are steps that train the last N blocks: `last`, and `last-warm`, for which the others have run
+already. The other steps train all blocks.
 """
 
 import zo_mlx  # isort: skip  # noqa: F401  (first, so that MLX gets a fast BLAS)
@@ -33,7 +34,7 @@ from zo_mlx.blocks import BlockwiseModel
 from zo_mlx.config import TrainConfig, resolved
 from zo_mlx.data import Dataset, Example, Target, batch_order, load_dataset
 from zo_mlx.exact import ExactGradient
-from zo_mlx.head import split_head
+from zo_mlx.head import Head, split_head
 from zo_mlx.index import read_index
 from zo_mlx.memory import bounded_cache
 from zo_mlx.model import load_sparse
@@ -78,6 +79,7 @@ def own_arms(sparse: SparseModel, config: TrainConfig, values: mx.array, tokens_
         "step": whole(make_loss(sparse, head)),
         **parts,
         "floor": base(lambda shares: scores(head, collate(shares))),
+        "vocabulary": base(lambda shares: scores(Head(head.hidden, head.logits), collate(shares))),
         "full": base(lambda shares: sparse.model(collate(shares).tokens)),
         "exact": lambda examples, n: exact_step(gradient, exact, values, exact.state, examples, n + 1),
     }
@@ -138,7 +140,7 @@ def run(path: Path, args: argparse.Namespace) -> dict[str, Any]:
     settings = resolved(TrainConfig(batch_size=args.batch_size, directions=args.directions, estimator="two-sided"))
     arms = own_arms(sparse, settings, index.initial_values(), args.tokens_at_once)
     if args.others:
-        arms = {name: arm for name, arm in arms.items() if name != "full"} | other_arms(path)
+        arms = {name: arm for name, arm in arms.items() if name not in ("vocabulary", "full")} | other_arms(path)
     warm: Callable[[list[Any]], object] = lambda batch: None  # noqa: E731
     if args.num_layers:
         last, warm = last_arms(path, args.num_layers, settings)
