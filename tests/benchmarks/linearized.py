@@ -1,14 +1,15 @@
 """Estimators and learning rates on a model made linear in its trainable weights: a training run in seconds.
 
-    python tests/benchmarks/linearized.py --data DIR [--model demo/model] [--train 640] [--valid 320] [--seeds 3]
-        [--gram FILE] [--rows 19200]
+    python tests/benchmarks/linearized.py --data DIR [--model demo/model] [--num-layers N] [--train 640] [--valid 320]
+        [--seeds 3] [--gram FILE] [--rows 19200]
 
 DIR holds train.jsonl and valid.jsonl with choices of one token each. Their scores' gradients with respect to the values
 are taken at the start (`mx.grad`), and only the products of all pairs of them are kept: random directions move the
 scores of all examples by normal numbers with these covariances (of +-1 directions nearly so, because many weights add
 up), so that nothing else is needed to follow a run, as long as scores change in proportion to values. Printed are
 validation loss, validation accuracy and training loss after a sixth, a third, two thirds and all of the rows; means
-over seeds, which share batches and directions between arms.
+over seeds, which share batches and directions between arms. With `--num-layers` only the last blocks' weights are
+trained; rows then count for as much as these are of all blocks, and once for what comes before.
 """
 
 import zo_mlx  # isort: skip  # noqa: F401  (first, so that MLX gets a fast BLAS)
@@ -40,18 +41,22 @@ class Linear:
         scores: (E, C - 1), of the choices but the first, minus the first one's, before training.
         gram: (E (C - 1), E (C - 1)), products of their gradients.
         labels: (E,).
+        part: the share of the blocks that are trained.
     """
 
     scores: np.ndarray
     gram: np.ndarray
     labels: np.ndarray
     train: int
+    part: float
 
 
-def linearize(model: Path, examples: list[Example], train: int) -> Linear:
-    """Gradients of all scores, an example's in branches of its own."""
+def linearize(model: Path, examples: list[Example], train: int, blocks: int | None) -> Linear:
+    """Gradients of all scores with respect to the last blocks' values, an example's in branches of its own."""
     sparse, _, index, _ = load_sparse(model)
     head, values = split_head(sparse.model), index.initial_values()
+    blocks = blocks or len(sparse.model.layers)
+    values = values[mx.array(sparse.train_last(blocks, values))]
     choices = len(examples[0].choices)
 
     def difference(branches: mx.array, group: list[Example], signs: mx.array) -> tuple[mx.array, mx.array]:
@@ -67,7 +72,7 @@ def linearize(model: Path, examples: list[Example], train: int) -> Linear:
     gradient = mx.value_and_grad(difference)
     scores, rows = (
         np.zeros((len(examples), choices - 1)),
-        np.zeros((len(examples), choices - 1, index.size), np.float16),
+        np.zeros((len(examples), choices - 1, values.size), np.float16),
     )
     order = sorted(range(len(examples)), key=lambda i: examples[i].length)
     at_once = max(1, AT_ONCE // (choices - 1))
@@ -76,13 +81,14 @@ def linearize(model: Path, examples: list[Example], train: int) -> Linear:
         signs = np.zeros((len(some) * (choices - 1), choices), np.float32)
         signs[:, 0], signs[range(len(signs)), np.arange(len(signs)) % (choices - 1) + 1] = -1, 1
         group = [examples[i] for i in some for _ in range(choices - 1)]
-        branches = mx.broadcast_to(values, (len(group), index.size))
+        branches = mx.broadcast_to(values, (len(group), values.size))
         (_, scored), found = gradient(branches, group, mx.array(signs))
         rows[some] = np.array(found).reshape(len(some), choices - 1, -1)
         scores[some] = np.array(scored)[:: choices - 1, 1:] - np.array(scored)[:: choices - 1, :1]
         print(f"  {start + len(some)}/{len(order)}", end="\r", flush=True)
-    flat = rows.reshape(-1, index.size).astype(np.float32)
-    return Linear(scores, flat @ flat.T, np.array([e.label for e in examples]), train)
+    flat = rows.reshape(-1, values.size).astype(np.float32)
+    part = min(1.0, blocks / len(sparse.model.layers))
+    return Linear(scores, flat @ flat.T, np.array([e.label for e in examples]), train, part)
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
@@ -122,8 +128,8 @@ def run(task: Linear, root: np.ndarray, examples: list[Example], arm: Arm, rows:
     """Validation loss, validation accuracy and training loss at four moments: (4, 3)."""
     rng, scores = np.random.default_rng(seed), task.scores.copy()
     right = task.labels[:, None] == np.arange(1, scores.shape[1] + 1)
-    used = seen = step = 0
-    square, points = 0.0, []
+    seen = step = 0
+    used, square, points = 0.0, 0.0, []
     moments = [rows / 6, rows / 3, 2 * rows / 3, rows]
     order = batches(task, examples, arm.batch, seed)
     while moments:
@@ -140,7 +146,7 @@ def run(task: Linear, root: np.ndarray, examples: list[Example], arm: Arm, rows:
         else:
             rate = sgd_rate(square, arm.q, step, arm.nats) if seen >= MEASURED else 0.0
         scores -= rate * np.tensordot(slopes, moved, 1) / arm.q
-        used += arm.rows
+        used += task.part * arm.rows + (1 - task.part) * arm.batch
         if used >= moments[0]:
             moments.pop(0)
             p = softmax(scores)
@@ -163,6 +169,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="demo/model")
     parser.add_argument("--data", required=True)
+    parser.add_argument("--num-layers", type=int, metavar="N", help="train the last N blocks; default: all")
     parser.add_argument("--train", type=int, default=640)
     parser.add_argument("--valid", type=int, default=320)
     parser.add_argument("--seeds", type=int, default=3)
@@ -177,12 +184,12 @@ def main() -> None:
     ]
     if args.gram and Path(args.gram).exists():
         kept = np.load(args.gram)
-        task = Linear(kept["scores"], kept["gram"], kept["labels"], args.train)
+        task = Linear(kept["scores"], kept["gram"], kept["labels"], args.train, float(kept["part"]))
     else:
         with bounded_cache():
-            task = linearize(Path(args.model), examples, args.train)
+            task = linearize(Path(args.model), examples, args.train, args.num_layers)
         if args.gram:
-            np.savez(args.gram, scores=task.scores, gram=task.gram, labels=task.labels)
+            np.savez(args.gram, scores=task.scores, gram=task.gram, labels=task.labels, part=task.part)
     values, vectors = np.linalg.eigh(task.gram.astype(np.float64))
     root = vectors * np.sqrt(np.maximum(values, 0))
     print(f"{args.data}: a score's gradient has a mean square of {values.sum() / len(values):.0f}; "
