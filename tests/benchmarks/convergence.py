@@ -46,7 +46,7 @@ def _constant(rate: float) -> dict[str, Any]:
 # Settings of `zo_mlx.train`, and `mask`, `density` and `scope` of `zo_mlx.convert`.
 ARMS: dict[str, dict[str, Any]] = {
     "default": {},
-    **{f"last-{n}": {"num_layers": n} for n in (4, 8, 20)},
+    **{f"last-{n}": {"num_layers": n} for n in (4, 8, 16, 20)},
     "all-blocks": {"num_layers": -1},
     **{f"spsa-{rate:g}": {**SPSA, **_constant(rate)} for rate in (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 4e-4, 8e-4)},
     "two-sided": {"estimator": "two-sided", "batch_size": 16},
