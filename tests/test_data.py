@@ -8,7 +8,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.datasets import CacheDataset, load_local_dataset
 from mlx_lm.tuner.trainer import iterate_batches
 
-from zo_mlx.data import Example, batch_order, load_dataset
+from zo_mlx.batches import batch_order
+from zo_mlx.data import Example, load_dataset
 from zo_mlx.errors import UsageError
 from zo_mlx.objective import collate
 

@@ -6,14 +6,13 @@ ours: `prompt`/`completion`/`choices`, where the completion is one of the choice
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
-import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.datasets import create_dataset
 
@@ -21,11 +20,6 @@ from .errors import UsageError
 from .files import is_text
 
 Kind = Literal["choices", "tokens"]
-
-
-# Batches of like lengths are made of this many at a time. With 8, 15 to 17% of what is computed is padding (SST-2, RTE,
-# TREC in batches of 16), with 32 it is 6 to 9%; larger pools would bring the same examples together in every epoch.
-POOL = 32
 
 
 @dataclass(frozen=True)
@@ -153,42 +147,6 @@ def load_dataset(
             raise UsageError(f"{where}: the tokenizer's chat template fails: {e}") from None
         examples.append(_token_example(tokens, offset, max_length, where, record))
     return Dataset("tokens", examples)
-
-
-def batch_order(examples: Sequence[Example], batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """The batches of one epoch: a function of its arguments alone.
-
-    Batches differ from epoch to epoch, have little padding, and are stratified: each has the labels in about the
-    proportions of the whole set, and its examples come in order of label. That takes the part of the gradient's noise
-    away that comes from uneven labels, which for short answers is the larger part. Up to `batch_size - 1` examples
-    sit an epoch out.
-
-    Returns:
-        Arrays of `batch_size` example numbers.
-    """
-    rng = np.random.default_rng((seed, epoch))
-    answers = ["" if e.label is None else e.choices[e.label] for e in examples]
-    labels = np.unique(answers, return_inverse=True)[1]
-    lengths = np.array([e.length for e in examples])
-    order = rng.permutation(len(examples))
-    order = _interleaved(order, labels[order])[: len(order) // batch_size * batch_size]
-    # Within pools, examples of like lengths go together.
-    for pool in np.split(order, range(POOL * batch_size, len(order), POOL * batch_size)):
-        by_length = pool[np.argsort(lengths[pool], kind="stable")]
-        pool[:] = _interleaved(by_length, labels[by_length])
-    batches = order.reshape(-1, batch_size)
-    for batch in batches:
-        batch[:] = batch[np.argsort(labels[batch], kind="stable")]
-    return list(batches[rng.permutation(len(batches))])
-
-
-def _interleaved(items: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Spread each label evenly over the whole, keeping the order of the items within it."""
-    place = np.empty(len(items))
-    for label in np.unique(labels):
-        mine = np.flatnonzero(labels == label)
-        place[mine] = (np.arange(len(mine)) + 0.5) / len(mine)
-    return items[np.argsort(place, kind="stable")]
 
 
 def _read_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:

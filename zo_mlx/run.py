@@ -13,9 +13,10 @@ import numpy as np
 from . import adapter, journal
 from .adapter import Best
 from .answers import Judge, longest_completion
+from .batches import Batches
 from .blocks import BlockwiseModel
 from .config import TrainConfig, filled, resolved
-from .data import Dataset, batch_order, load_dataset
+from .data import Dataset, load_dataset
 from .errors import Interrupted, UsageError, ZoError
 from .estimator import fisher_scale
 from .evaluate import Evaluation, evaluate_dataset
@@ -140,7 +141,7 @@ class Run:
         self.state = self.optimizer.state
         self.done = 0
         self.best: Best | None = None
-        self.epoch: tuple[int, list[np.ndarray]] = (-1, [])
+        self.batches = Batches(self.train_set.examples, self.batch_size, config.seed)
 
     def warn(self, message: str) -> None:
         self.report({"event": "warning", "message": message})
@@ -198,19 +199,6 @@ class Run:
         best = adapter.read_best(self.directory, past.identity)
         self.best = best if best and best.iteration <= self.done else None
 
-    def examples(self, number: int, most: int = 1) -> list[Any]:
-        """The examples of step `number`, a function of (data, seed, number).
-
-        Args:
-            most: with those of this many steps, of a division of the epoch.
-        """
-        epoch, position = divmod(number - 1, len(self.train_set) // self.batch_size)
-        if self.epoch[0] != epoch:
-            order = batch_order(self.train_set.examples, self.batch_size, self.config.seed, epoch)
-            self.epoch = epoch, order
-        first = position // most * most
-        return [self.train_set.examples[i] for batch in self.epoch[1][first : first + most] for i in batch]
-
     def prefers_prompts(self, trained: float) -> bool:
         """Whether answers are generated from prompts, or rows that go on from them save more than the first blocks do.
 
@@ -228,7 +216,7 @@ class Run:
         # As many rows as a step's branches have go through the first blocks together.
         steps = rows_of_step(config) // self.batch_size
         if self.blocks and first > 0 and not self.prefers_prompts(1 - first / len(self.blocks.blocks)):
-            groups = [self.examples(i + 1, steps) for i in range(0, len(self.train_set) // self.batch_size, steps)]
+            groups = [self.batches.of(i + 1, steps) for i in range(0, self.batches.in_epoch, steps)]
             size = int((config.cache_prefix or 0) * 1e9)
             prefix = Prefix(self.blocks, first, groups, size, config.tokens_at_once)
         gradient = ExactGradient(self.sparse, self.head, self.blocks, prefix, config.tokens_at_once)
@@ -236,7 +224,7 @@ class Run:
 
         def take(examples: list[Any], number: int) -> tuple[mx.array, State, journal.Record]:
             if prefix:
-                prefix.prepare(self.examples(number, steps))
+                prefix.prepare(self.batches.of(number, steps))
             if config.gradient == "exact":
                 return exact_step(gradient, self.optimizer, self.values, self.state, examples, number)
             return step(loss, self.optimizer, self.values, self.state, examples, number, config, self.scale)
@@ -295,7 +283,7 @@ class Run:
                         self.report({"event": "stopped", "iteration": self.done, "patience": config.patience})
                         break
                     started = time.perf_counter()
-                    examples = self.examples(number)
+                    examples = self.batches.of(number)
                     values, state, record = take(examples, number)
                     if not (mx.isfinite(values).all() and (record.is_finite or self.optimizer.can_go_on(state))):
                         raise ZoError(

@@ -24,8 +24,9 @@ from typing import Any
 from baselines import dense_model, lora_step
 from matplotlib.figure import Figure
 
+from zo_mlx.batches import batch_order
 from zo_mlx.config import filled, resolved
-from zo_mlx.data import batch_order, load_dataset
+from zo_mlx.data import load_dataset
 from zo_mlx.evaluate import evaluate_dataset
 from zo_mlx.head import split_head
 from zo_mlx.memory import bounded_cache

@@ -22,9 +22,10 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from zo_mlx.batches import batch_order
 from zo_mlx.config import RATE_FALL
 from zo_mlx.control import MEASURED, sgd_rate
-from zo_mlx.data import Example, batch_order, load_dataset
+from zo_mlx.data import Example, load_dataset
 from zo_mlx.head import split_head
 from zo_mlx.memory import bounded_cache
 from zo_mlx.model import load_sparse

@@ -30,9 +30,10 @@ from baselines import Mezo, checkpointed, dense_model, lora_step
 from shapes import SHAPES, model_directory
 
 from zo_mlx import estimator
+from zo_mlx.batches import batch_order
 from zo_mlx.blocks import BlockwiseModel
 from zo_mlx.config import TrainConfig, resolved
-from zo_mlx.data import Dataset, Example, Target, batch_order, load_dataset
+from zo_mlx.data import Dataset, Example, Target, load_dataset
 from zo_mlx.exact import ExactGradient
 from zo_mlx.head import Head, split_head
 from zo_mlx.index import read_index
