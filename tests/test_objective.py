@@ -112,6 +112,31 @@ def test_choice_loss_equals_full_logits_in_float64(
     assert np.allclose(np.array(branch_losses(got, batch, count=2)), losses.mean(axis=1), atol=1e-4)
 
 
+def test_of_single_tokens_only_their_logits_are_made(model: llama.Model, head: Head) -> None:
+    made = set()
+
+    def logits(states: mx.array) -> mx.array:
+        made.add(head.logits(states).shape[-1])
+        return head.logits(states)
+
+    rng = np.random.default_rng(3)
+    prompts, tokens = [_tokens(rng, length) for length in (5, 8, 3, 4)], [(9, 3), (3, 7), (3, 9, 20), (20, 9)]
+    examples = [
+        Example([prompt], [[Target(0, len(prompt) - 1, t)] for t in choices], 1, tuple(map(str, choices)))
+        for prompt, choices in zip(prompts, tokens, strict=True)
+    ]
+    batch = collate([examples[:2], examples[2:]])
+    narrow = scores(Head(head.hidden, logits, vocabulary=head.vocabulary), batch)
+    assert made == {4}, "of 3, 7, 9 and 20"
+    expected = [
+        -log_softmax(np.array(model(mx.array([prompt])), np.float64)[0, -1][list(choices)])[1]
+        for prompt, choices in zip(prompts, tokens, strict=True)
+    ]
+    losses = branch_losses(narrow, batch, count=2)
+    assert np.allclose(np.array(losses), [np.mean(expected[:2]), np.mean(expected[2:])], atol=1e-5)
+    assert np.isneginf(np.array(narrow)[0, :, 2]).all()
+
+
 def test_prompts_are_shared_where_that_is_less_work() -> None:
     rng = np.random.default_rng(3)
     long, short = _tokens(rng, 20), _tokens(rng, 1)
