@@ -121,18 +121,19 @@ class Run:
         if self.metric and self.metric.path:
             self.prints["objective"] = sha256(self.metric.path)
         self.all_values = index.initial_values()
-        blocks = len(self.sparse.model.layers)
-        if config.num_layers is None:
-            config.num_layers = -1 if config.gradient == "exact" else self.sparse.last_half()
-        last = blocks if config.num_layers == -1 else config.num_layers
-        self.trained = mx.array(self.sparse.train_last(last, self.all_values))
-        self.values = self.all_values[self.trained]
+        blocks, exact = len(self.sparse.model.layers), config.gradient == "exact"
+        last = config.num_layers or (-1 if exact else self.sparse.last_half())
         self.blocks = None
-        if 0 < self.sparse.first_block < blocks or config.gradient == "exact":
+        if exact or last != -1:
             outside = max(self.sparse.spans()) >= blocks
             self.blocks = None if outside else BlockwiseModel.of_chain(self.sparse.model)
-            if self.blocks is None:
-                self.warn("the model's blocks are not a plain chain: a step computes, and holds, all of them at once")
+        if self.blocks is None and config.num_layers is None:
+            last = -1  # nothing would be saved
+        if self.blocks is None and (exact or last != -1):
+            self.warn("the model's blocks are not a plain chain: a step computes, and holds, all of them at once")
+        config.num_layers = last
+        self.trained = mx.array(self.sparse.train_last(blocks if last == -1 else last, self.all_values))
+        self.values = self.all_values[self.trained]
         if config.memory_limit is not None and config.tokens_at_once is None:
             config.tokens_at_once = self.tokens_that_fit(int(config.memory_limit * 1e9))
         scores = np.concatenate([tensor.scores for tensor in index.tensors.values()])
