@@ -20,6 +20,7 @@ from zo_mlx.memory import peak_of
 from zo_mlx.model import load_sparse
 from zo_mlx.objective import layout
 from zo_mlx.optimizer import Optimizer
+from zo_mlx.prefix import Prefix
 from zo_mlx.step import exact_tokens_that_fit, make_loss, step, tokens_that_fit
 
 
@@ -68,23 +69,36 @@ def test_losses_in_parts_are_those_of_one_pass(
     assert len(passes) == {1: 24 * calls, 10_000: calls}.get(tokens_at_once, len(passes))
 
 
-def test_a_step_of_a_real_model_stays_within_the_limit(smollm2: Path) -> None:
+@pytest.mark.parametrize("last", [30, 15])
+def test_a_step_of_a_real_model_stays_within_the_limit(last: int, smollm2: Path) -> None:
     """Against MLX's own peak. (A tiny model's depends on how far MLX's threads are ahead of each other.)"""
     sparse, _, index, _ = load_sparse(smollm2)
     head, values = split_head(sparse.model), index.initial_values()
+    values = values[mx.array(sparse.train_last(last, values))]
+    blocks = BlockwiseModel(sparse.model)
     rng = np.random.default_rng(0)
     rows = [rng.integers(0, 49_000, length).tolist() for length in (160, 256, 200, 256)]
     examples = [Example([row], [[Target(0, len(row) - 1, t)] for t in (5, 6)], 0, ("a", "b")) for row in rows]
     config = resolved(TrainConfig(batch_size=4, directions=4, estimator="two-sided"))
 
+    def prefix(tokens_at_once: int | None) -> Prefix | None:
+        return Prefix(blocks, 30 - last, tokens_at_once=tokens_at_once) if last < 30 else None
+
     def peak(tokens_at_once: int | None, limit: int = 0) -> int:
-        loss, optimizer = make_loss(sparse, head, tokens_at_once=tokens_at_once), Optimizer(config, values)
-        return peak_of(lambda: step(loss, optimizer, values, optimizer.state, examples, 1, config), limit)
+        first, optimizer = prefix(tokens_at_once), Optimizer(config, values)
+        loss = make_loss(sparse, head, first, tokens_at_once)
+
+        def run() -> None:
+            if first:
+                first.prepare(examples)
+            step(loss, optimizer, values, optimizer.state, examples, 1, config)
+
+        return peak_of(run, limit)
 
     unlimited, least = peak(None), peak(1)
     assert least < 0.95 * unlimited
     limit = (least + unlimited) // 2
-    fit, alone = tokens_that_fit(limit, sparse, head, values, examples[1], config)
+    fit, alone = tokens_that_fit(limit, sparse, head, values, examples[1], config, prefix(None))
     assert 256 <= fit < 8 * 256
     assert peak(fit, limit) <= 1.01 * limit
     assert alone == pytest.approx(least, rel=0.1)

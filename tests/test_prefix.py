@@ -135,8 +135,33 @@ def test_long_choices_share_their_prompts_where_that_saves_more(spread: Path, tm
     share = run.train_set.unshared
     # The prompt's 40 bytes and a space; of the choices what is left without their last bytes, "ye", "neve" and "mayb".
     assert share == (41 + 2 + 4 + 4) / (3 * 41 + 2 + 4 + 4)
-    assert run.prefers_prompts(share + 0.1)
-    assert not run.prefers_prompts(share - 0.1)
+    assert run.saves(1.5 * share - 0.1)
+    assert not run.saves(1.5 * share + 0.1)
+    assert run.config.num_layers == -1
+    assert run.prefix(1) is None
+    config.num_layers = 1
+    assert Run(config, lambda event: None, progress=False).prefix(1) is not None
+
+
+def test_which_rows_run_together_does_not_depend_on_what_is_there(
+    spread: Path, choice_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a resumed run would have other last bits."""
+    examples = _examples(spread, choice_data)
+    blocks = BlockwiseModel(load_sparse(spread)[0].model)
+    passes: list[Any] = []
+    inputs = blocks.inputs
+    monkeypatch.setattr(
+        blocks, "inputs", lambda tokens, first: [passes.append(tokens.tolist()), inputs(tokens, first)][1]
+    )
+    fresh, used = Prefix(blocks, 1), Prefix(blocks, 1)
+    fresh.prepare(examples[:3])
+    (alone,) = passes
+    used.prepare(examples)
+    used.prepare(examples[:3])
+    assert passes[-1] == alone
+    used.prepare(examples[2::-1])
+    assert len(passes) == 4
 
 
 def test_more_blocks_than_there_are_is_all(spread: Path, choice_data: Path, tmp_path: Path) -> None:
@@ -146,13 +171,16 @@ def test_more_blocks_than_there_are_is_all(spread: Path, choice_data: Path, tmp_
     assert np.array_equal(_values(tmp_path / "a"), _values(tmp_path / "c"))
 
 
-@pytest.mark.parametrize("cache", [None, 1e-5, 1.0])
+@pytest.mark.parametrize("cache", [None, 5e-5, 1.0])  # room for nothing, two of four groups, all
 def test_a_resumed_run_has_the_same_bits(
     cache: float | None, spread: Path, choice_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More than one epoch of 7 batches, so that what is kept is used; a resumed run has nothing to start with."""
     settings = {"num_layers": 1, "cache_prefix": cache, "iters": 12}
     _train(spread, choice_data, tmp_path / "a", **settings)
+    kept = Run(TrainConfig(**Journal.read(tmp_path / "a/journal").header["config"]), print, progress=False).prefix(2)
+    assert kept is not None
+    assert (kept.cached_bytes > 0, kept.cached_bytes > 60_000) == (cache is not None, cache == 1)
     append, count = Journal.append, 0
 
     def stop(self: Journal, record: Any) -> None:

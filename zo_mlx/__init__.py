@@ -13,7 +13,7 @@ from .errors import UsageError, ZoError
 from .evaluate import Evaluation, evaluate
 from .generate import generate
 from .model import load
-from .run import TrainResult
+from .result import TrainResult
 from .seeds import SeedsResult, train_seeds
 from .train import train
 

@@ -41,12 +41,12 @@ class TrainConfig:
     batch_size: int | None = _setting(None, "Examples per step; default: 4, or 16 for exact gradients.", least=1)
     num_layers: int | None = _setting(
         None,
-        "Train the sensitive weights of this many last blocks, -1 for all; default: half of them, or all for exact "
-        "gradients.",
+        "Train the sensitive weights of this many last blocks, -1 for all; default: half of them, but all for exact "
+        "gradients and where training fewer saves no work.",
         least=-1,
     )
     cache_prefix: float | None = _setting(
-        None, "GB of the untrained first blocks' results to keep for later epochs; not for generated answers.", least=0
+        None, "GB of the untrained first blocks' results to keep for later epochs.", least=0
     )
     memory_limit: float | None = _setting(
         None, "GB that MLX is to use at most, weights included: fewer tokens at once.", least=1e-3

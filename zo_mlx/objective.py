@@ -150,8 +150,8 @@ def scores(head: Head, batch: Batch) -> mx.array:
     """
     states = target_states(head, batch)
     mx.eval(states)  # frees the activations of the pass before any logits are made
-    with _looked_at(head, batch) as looked_at:
-        return _summed(_of_pieces(states, _pieces(head, states, looked_at)), batch)
+    with _columns(head, batch) as (columns, whole):
+        return _summed(_of_pieces(states, _pieces(head, states, batch.target_position, columns, whole)), batch)
 
 
 def states_gradient(head: Head, states: mx.array, batch: Batch, count: float) -> tuple[mx.array, mx.array]:
@@ -165,15 +165,15 @@ def states_gradient(head: Head, states: mx.array, batch: Batch, count: float) ->
         The loss, (), and (M, H).
     """
     mx.eval(states)
-    with _looked_at(head, batch) as looked_at:
-        pieces = list(_pieces(head, states, looked_at))
+    with _columns(head, batch) as (columns, whole):
+        pieces = list(_pieces(head, states, batch.target_position, columns, whole))
         found = _of_pieces(states, pieces)
         loss, back = mx.value_and_grad(lambda found: branch_losses(_summed(found, batch), batch, count).sum())(found)
         mx.eval(loss, back)
         gradients, done = [], 0
-        for log_probabilities, rows in pieces:
-            size = log_probabilities.keywords["at"].size
-            _, (gradient,) = mx.vjp(log_probabilities, [states[rows]], [back[done : done + size]])
+        for target_scores, rows in pieces:
+            size = target_scores.keywords["at"].size
+            _, (gradient,) = mx.vjp(target_scores, [states[rows]], [back[done : done + size]])
             mx.eval(gradient)
             gradients.append(gradient)
             done += size
@@ -189,61 +189,51 @@ def target_states(head: Head, batch: Batch) -> mx.array:
     return mx.concatenate([x.reshape(-1, x.shape[-1]) for x in states])[mx.array(batch.positions)]
 
 
-@dataclass
-class _LookedAt:
-    """Of which logits the log-probabilities of a batch's targets are made.
-
-    Attributes:
-        positions: (n,) which state each target looks at, non-decreasing.
-        columns: (n,) and which of its logits.
-        normalized: whether these are the logits of the whole vocabulary.
-    """
-
-    positions: np.ndarray
-    columns: np.ndarray
-    normalized: bool
-
-
 @contextlib.contextmanager
-def _looked_at(head: Head, batch: Batch) -> Iterator[_LookedAt]:
-    """While it lasts, the head makes no more logits than are needed."""
+def _columns(head: Head, batch: Batch) -> Iterator[tuple[np.ndarray, bool]]:
+    """While it lasts, the head makes no more logits than are needed.
+
+    Yields:
+        (n,) which of them the targets' are; and whether they are those of the whole vocabulary.
+    """
     if head.vocabulary is None or not batch.has_one_normalizer:
-        yield _LookedAt(batch.target_position, batch.target_token, True)
+        yield batch.target_token, True
         return
     tokens, columns = np.unique(batch.target_token, return_inverse=True)
     with head.narrowed(mx.array(tokens)):
-        yield _LookedAt(batch.target_position, columns, False)
+        yield columns, False
 
 
-def _pieces(head: Head, states: mx.array, looked_at: _LookedAt) -> Iterator[tuple[partial[mx.array], slice]]:
-    """Some rows of the states after the others, and what makes the log-probabilities of their targets from them."""
+def _pieces(
+    head: Head, states: mx.array, positions: np.ndarray, columns: np.ndarray, whole: bool
+) -> Iterator[tuple[partial[mx.array], slice]]:
+    """Some rows of the states after the others, and what makes the scores of their targets from them."""
     step = _rows_at_once(head, states)
     for start in range(0, len(states), step):
-        first, last = np.searchsorted(looked_at.positions, [start, start + step])
-        at = mx.array(looked_at.positions[first:last] - start)
-        columns = mx.array(looked_at.columns[first:last])
-        found = partial(_log_probabilities, head=head, at=at, columns=columns, normalized=looked_at.normalized)
-        yield found, slice(start, start + step)
+        first, last = np.searchsorted(positions, [start, start + step])
+        at, own = mx.array(positions[first:last] - start), mx.array(columns[first:last])
+        yield partial(_target_scores, head=head, at=at, columns=own, whole=whole), slice(start, start + step)
 
 
 def _of_pieces(states: mx.array, pieces: Iterable[tuple[partial[mx.array], slice]]) -> mx.array:
-    """The log-probabilities of all targets, (n,), with the logits of one piece at a time in memory."""
+    """The scores of all targets, (n,), with the logits of one piece at a time in memory."""
     parts = []
-    for log_probabilities, rows in pieces:
-        parts.append(log_probabilities(states[rows]))
+    for target_scores, rows in pieces:
+        parts.append(target_scores(states[rows]))
         mx.eval(parts[-1])
     return mx.concatenate(parts)
 
 
-def _log_probabilities(states: mx.array, head: Head, at: mx.array, columns: mx.array, normalized: bool) -> mx.array:
+def _target_scores(states: mx.array, head: Head, at: mx.array, columns: mx.array, whole: bool) -> mx.array:
+    """Log-probabilities, or logits where these are not of the whole vocabulary."""
     logits = head.logits(states).astype(mx.float32)
     found = logits[at, columns]
-    return found - mx.logsumexp(logits, axis=-1)[at] if normalized else found
+    return found - mx.logsumexp(logits, axis=-1)[at] if whole else found
 
 
-def _summed(log_probabilities: mx.array, batch: Batch) -> mx.array:
+def _summed(target_scores: mx.array, batch: Batch) -> mx.array:
     """(n,) of the targets -> (P, E, C) of the choices."""
-    padded = mx.concatenate([log_probabilities, mx.zeros(1)])  # padding reads the last one
+    padded = mx.concatenate([target_scores, mx.zeros(1)])  # padding reads the last one
     exists = mx.array(batch.slots[..., 0] < len(batch.target_token))
     return mx.where(exists, padded[mx.array(batch.slots)].sum(axis=-1), -mx.inf)
 

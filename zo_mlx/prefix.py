@@ -13,7 +13,6 @@ States = dict[int, list[mx.array]]
 # Its tokens, the identity of the example it is of, and which of that example's rows it is.
 Row = tuple[list[int], int, int]
 
-
 # Passes of this many tokens lose little by reading the weights again, and less by padding.
 PASS_TOKENS = 512
 
@@ -27,9 +26,12 @@ class Prefix:
     Args:
         blocks: the model; its blocks are a plain chain.
         first: the number of the first block with trainable weights.
-        groups: examples whose states are kept, as far as there is room.
+        groups: examples that go through the blocks together and whose states are kept, as far as there is room.
         cache_bytes: how much is kept.
         tokens_at_once: the most tokens of one pass, padding included, if fewer than `PASS_TOKENS`.
+
+    Attributes:
+        cached_bytes: of them, how much will be kept.
     """
 
     def __init__(
@@ -45,18 +47,21 @@ class Prefix:
         self._group: dict[int, Sequence[Example]] = {}
         self._kept: States = {}
         self._near: States = {}
-        left = cache_bytes // blocks.inputs(mx.array([[0]]), first).nbytes if cache_bytes else 0
+        self._prepared: list[int] = []
+        self.cached_bytes = 0
+        token = blocks.inputs(mx.array([[0]]), first).nbytes if cache_bytes else 1
         for group in groups:
-            left -= sum(len(row) for e in group for row in e.rows)
-            if left < 0:
+            size = token * sum(len(row) for e in group for row in e.rows)
+            if self.cached_bytes + size > cache_bytes:
                 break
+            self.cached_bytes += size
             self._group.update({id(e): group for e in group})
 
     def prepare(self, examples: Sequence[Example]) -> None:
         """Run the blocks for the examples of some steps to come; of those before nothing is left but what is kept."""
-        near = [e for e in examples if id(e) not in self._group]
-        if any(id(e) not in self._near for e in near):
-            self._near = self._computed(near)
+        if self._prepared != (ids := [id(e) for e in examples]):
+            self._near, self._prepared = {}, ids
+            self._near = self._computed([e for e in examples if id(e) not in self._group])
 
     def skipped(
         self, tokens: mx.array, branches: Sequence[Sequence[Example]]
@@ -73,14 +78,16 @@ class Prefix:
         """What goes into the first trained block, (P * N, T, H); arguments are those of `skipped`."""
         ids = [[id(e) for e in examples] for examples in branches]
         distinct = [b for b in range(len(ids)) if ids[b] not in ids[:b]]
-        self.prepare([e for b in distinct for e in branches[b]])
+        own = [e for b in distinct for e in branches[b]]
+        if any(id(e) not in self._near and id(e) not in self._group for e in own):
+            self.prepare(own)
         rows, width = tokens.shape[0] // len(branches), tokens.shape[1]
         stacked = []
         for b in distinct:
             padded = [mx.pad(x, [(0, width - len(x)), (0, 0)]) for e in branches[b] for x in self._states_of(e)]
             stacked.append(mx.stack(padded + [mx.zeros_like(padded[0])] * (rows - len(padded))))
         which = [ids[b] for b in distinct]
-        states = mx.stack(stacked)[mx.array([which.index(own) for own in ids])]
+        states = mx.stack(stacked)[mx.array([which.index(branch) for branch in ids])]
         return states.reshape(*tokens.shape, -1)
 
     def _states_of(self, example: Example) -> list[mx.array]:
@@ -109,4 +116,5 @@ class Prefix:
             if start < end and (end - start + 1) * len(row[0]) > self._tokens_at_once:
                 yield rows[start:end]
                 start = end
-        yield rows[start:]
+        if rows:
+            yield rows[start:]

@@ -9,7 +9,6 @@ from types import TracebackType
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 from tqdm import tqdm
 
 _SECONDS_BETWEEN_LINES = 15
@@ -64,7 +63,7 @@ def redirected_to_stderr() -> Iterator[None]:
 
 
 class Meter:
-    """Averages between reports, and the median time of a step."""
+    """Averages between reports, and of all steps."""
 
     def __init__(self) -> None:
         self._seconds: list[float] = []
@@ -96,5 +95,6 @@ class Meter:
         return result
 
     @property
-    def median_seconds(self) -> float | None:
-        return float(np.median(self._seconds)) if self._seconds else None
+    def seconds(self) -> float | None:
+        """A step's, the mean: some steps do work for those after them."""
+        return sum(self._seconds) / len(self._seconds) if self._seconds else None

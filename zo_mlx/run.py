@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from .model import context_length, load_sparse
 from .optimizer import Optimizer, State
 from .prefix import Prefix
 from .progress import Meter, Progress
+from .result import TrainResult
 from .step import (
     exact_step,
     exact_tokens_that_fit,
@@ -41,40 +42,6 @@ from .step import (
 )  # fmt: skip
 
 Report = Callable[[dict[str, Any]], None]
-
-
-@dataclass
-class TrainResult:
-    """What a run did: `before` (this process's first step) and `after` on the validation set, `test` on the test set.
-
-    Attributes:
-        best: the run's best validation so far; its values are in `best/` of the adapter directory.
-        seconds_per_step: median over this process's steps.
-        weights_memory: bytes MLX held before the first step.
-        peak_memory: bytes MLX held at most during the steps; evaluations have their own, lower or higher.
-    """
-
-    adapter_path: str
-    iterations: int
-    trainable: int
-    train_loss: float | None
-    before: Evaluation | None
-    after: Evaluation | None
-    test: Evaluation | None
-    best: Best | None
-    seconds_per_step: float | None
-    weights_memory: int
-    peak_memory: int
-    adapter_bytes: int
-
-    def as_dict(self) -> dict[str, Any]:
-        """The result as JSON-ready data."""
-        found = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {
-            **found,
-            **{k: v.as_dict() for k, v in found.items() if isinstance(v, Evaluation)},
-            "best": asdict(self.best) if self.best else None,
-        }
 
 
 class Run:
@@ -120,19 +87,9 @@ class Run:
         }
         if self.metric and self.metric.path:
             self.prints["objective"] = sha256(self.metric.path)
+        self.batches = Batches(self.train_set.examples, self.batch_size, config.seed)
         self.all_values = index.initial_values()
-        blocks, exact = len(self.sparse.model.layers), config.gradient == "exact"
-        last = config.num_layers or (-1 if exact else self.sparse.last_half())
-        self.blocks = None
-        if exact or last != -1:
-            outside = max(self.sparse.spans()) >= blocks
-            self.blocks = None if outside else BlockwiseModel.of_chain(self.sparse.model)
-        if self.blocks is None and config.num_layers is None:
-            last = -1  # nothing would be saved
-        if self.blocks is None and (exact or last != -1):
-            self.warn("the model's blocks are not a plain chain: a step computes, and holds, all of them at once")
-        config.num_layers = last
-        self.trained = mx.array(self.sparse.train_last(blocks if last == -1 else last, self.all_values))
+        self.choose_blocks()
         self.values = self.all_values[self.trained]
         if config.memory_limit is not None and config.tokens_at_once is None:
             config.tokens_at_once = self.tokens_that_fit(int(config.memory_limit * 1e9))
@@ -142,7 +99,6 @@ class Run:
         self.state = self.optimizer.state
         self.done = 0
         self.best: Best | None = None
-        self.batches = Batches(self.train_set.examples, self.batch_size, config.seed)
 
     def warn(self, message: str) -> None:
         self.report({"event": "warning", "message": message})
@@ -154,14 +110,49 @@ class Run:
             self.warn(f"{path}: {dataset.truncated} sequences are longer than {self.longest} tokens and were cut")
         return dataset
 
+    def choose_blocks(self) -> None:
+        """Decide which blocks are trained, and whether those before are run apart (`has_prefix`)."""
+        config, count, exact = self.config, len(self.sparse.model.layers), self.config.gradient == "exact"
+        self.blocks = None
+        if (exact or config.num_layers != -1 or self.sparse.first_block > 0) and max(self.sparse.spans()) < count:
+            self.blocks = BlockwiseModel.of_chain(self.sparse.model)
+        last = config.num_layers
+        if last is None:  # as many as learn as much in a step; but fewer only where that saves work
+            last = self.sparse.last_half()
+            last = -1 if exact or not self.saves(last / count) else last
+        config.num_layers = last
+        self.trained = mx.array(self.sparse.train_last(count if last == -1 else last, self.all_values))
+        first = self.sparse.first_block
+        if self.blocks is None and (exact or 0 < first < count):
+            self.warn("the model's blocks are not a plain chain: a step computes, and holds, all of them at once")
+        self.has_prefix = 0 < first < count and self.saves(1 - first / count)
+        if config.cache_prefix and not self.has_prefix:
+            self.warn("--cache-prefix has no effect: nothing is computed before what is trained that could be kept")
+
+    def saves(self, trained: float) -> bool:
+        """Whether a step takes less work if the blocks before the trained ones are run apart.
+
+        Else answers are generated, or the choices' rows go on from their prompts through all blocks, which for a share
+        u of the tokens takes about 1.5 u of the time.
+
+        Args:
+            trained: the share of the blocks that are trained.
+        """
+        if self.blocks is None or (self.judge and self.judge.generates):
+            return False
+        return self.config.gradient == "exact" or not self.head.continues or trained <= 1.5 * self.train_set.unshared
+
     def tokens_that_fit(self, limit: int) -> int:
         """How many tokens may go through the model together within a limit in bytes."""
         config, longest = self.config, max(self.train_set.examples, key=lambda e: e.length)
+        prefix = self.prefix(1)
         if config.gradient == "exact":
-            gradient = ExactGradient(self.sparse, self.head, self.blocks)
-            fit, least = exact_tokens_that_fit(limit, gradient, self.values, longest, self.batch_size)
+            gradient = ExactGradient(self.sparse, self.head, self.blocks, prefix)
+            fit, least = exact_tokens_that_fit(limit, gradient, self.values, longest, self.batch_size, prefix)
         else:
-            fit, least = tokens_that_fit(limit, self.sparse, self.head, self.values, longest, config, self.judge)
+            fit, least = tokens_that_fit(
+                limit, self.sparse, self.head, self.values, longest, config, prefix, self.judge
+            )
         if least > limit:
             self.warn(f"--memory-limit: the longest example alone takes {least / 1e9:.3f} GB")
         return fit
@@ -200,26 +191,21 @@ class Run:
         best = adapter.read_best(self.directory, past.identity)
         self.best = best if best and best.iteration <= self.done else None
 
-    def prefers_prompts(self, trained: float) -> bool:
-        """Whether answers are generated from prompts, or rows that go on from them save more than the first blocks do.
-
-        Args:
-            trained: the share of the other blocks.
-        """
-        if self.judge and self.judge.generates:
-            return True
-        return self.config.gradient == "zo" and self.head.continues and self.train_set.unshared < trained
+    def prefix(self, steps: int) -> Prefix | None:
+        """What runs the blocks before the trained ones, for so many steps at once."""
+        if not self.has_prefix:
+            return None
+        assert self.blocks is not None
+        groups = [self.batches.of(i + 1, steps) for i in range(0, self.batches.in_epoch, steps)]
+        size = int((self.config.cache_prefix or 0) * 1e9)
+        return Prefix(self.blocks, self.sparse.first_block, groups, size, self.config.tokens_at_once)
 
     def step_function(self) -> Callable[[list[Any], int], tuple[mx.array, State, journal.Record]]:
         """What takes the next step: from examples and its number, to new values, new state, and its record."""
-        config, first = self.config, self.sparse.first_block
-        prefix = None
-        # As many rows as a step's branches have go through the first blocks together.
-        steps = rows_of_step(config) // self.batch_size
-        if self.blocks and first > 0 and not self.prefers_prompts(1 - first / len(self.blocks.blocks)):
-            groups = [self.batches.of(i + 1, steps) for i in range(0, self.batches.in_epoch, steps)]
-            size = int((config.cache_prefix or 0) * 1e9)
-            prefix = Prefix(self.blocks, first, groups, size, config.tokens_at_once)
+        config = self.config
+        # As many rows as a step's branches have go through the first blocks together; where memory is short, a step's.
+        steps = rows_of_step(config) // self.batch_size if config.tokens_at_once is None else 1
+        prefix = self.prefix(steps)
         gradient = ExactGradient(self.sparse, self.head, self.blocks, prefix, config.tokens_at_once)
         loss = make_loss(self.sparse, self.head, prefix, config.tokens_at_once, self.judge)
 
@@ -320,5 +306,5 @@ class Run:
             self.report({"event": "test", "iteration": self.done, **test.as_dict()})
         return TrainResult(
             str(self.directory), self.done, self.sparse.size, meter.last_loss, before, after, test, self.best,
-            meter.median_seconds, weights, peak, adapter.size_bytes(self.directory),
+            meter.seconds, weights, peak, adapter.size_bytes(self.directory),
         )  # fmt: skip

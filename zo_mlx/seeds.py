@@ -7,7 +7,8 @@ from typing import Any
 
 from . import adapter
 from .config import TrainConfig, check_range
-from .run import Report, TrainResult
+from .result import TrainResult
+from .run import Report
 from .train import train
 
 

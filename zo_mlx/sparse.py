@@ -179,9 +179,11 @@ class SparseModel:
         return np.concatenate([np.arange(start, end, dtype=np.uint32) for _, start, end in kept])
 
     def last_half(self) -> int:
-        """How many blocks are the last half of all, or -1 if these have no trainable weights."""
+        """How many blocks are the last half of all, or -1 if these have less than a tenth of the trainable weights."""
         half = -(-len(self.model.layers) // 2)
-        return half if max(self._block_numbers()) >= len(self.model.layers) - half else -1
+        sizes = np.diff([0, *self._ends])
+        late = np.array(self._block_numbers()) >= len(self.model.layers) - half
+        return half if 10 * sizes[late].sum() >= self.size else -1
 
     def spans(self) -> dict[int, list[tuple[SparseLinear | SparseSwitchLinear, int, int]]]:
         """By block: its layers, and where their values begin and end."""

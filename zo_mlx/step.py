@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -89,6 +90,7 @@ def tokens_that_fit(
     values: mx.array,
     longest: Example,
     config: TrainConfig,
+    prefix: Prefix | None = None,
     judge: Judge | None = None,
 ) -> tuple[int, int]:
     """How many tokens a forward pass of `make_loss` may have within a limit in bytes, weights included: measured.
@@ -97,7 +99,7 @@ def tokens_that_fit(
         values: (K,) that are trained.
         longest: the example with the longest row.
         config: resolved; estimator, directions and batch size are read.
-        judge: as for `make_loss`.
+        prefix: as for `make_loss`, and judge as well.
 
     Returns:
         As `_largest_that_fits`.
@@ -109,24 +111,40 @@ def tokens_that_fit(
     size = len(method.shares([longest] * filled(config.batch_size), directions)[0])
 
     def peak(rows: int) -> int:
-        loss = make_loss(sparse, head, judge=judge)
+        loss = make_loss(sparse, head, prefix, judge=judge)
         count = min(rows, len(branches)) if sparse.stackable else 1
-        shares = [[longest] * -(-rows // count)] * count
-        return peak_of(lambda: mx.eval(loss(branches[:count], shares)))
+        batch = _prepared(prefix, longest, max(filled(config.batch_size), -(-rows // count)))
+        return peak_of(lambda: mx.eval(loss(branches[:count], [batch[: -(-rows // count)]] * count)))
 
     most = size * (len(branches) if sparse.stackable else 1)
-    return _largest_that_fits(limit, tokens_of([[longest]], head.continues, judge), most, peak)
+    row = tokens_of([[longest]], head.continues and prefix is None, judge)
+    return _largest_that_fits(limit - (prefix.cached_bytes if prefix else 0), row, most, peak)
 
 
 def exact_tokens_that_fit(
-    limit: int, gradient: ExactGradient, values: mx.array, longest: Example, batch_size: int
+    limit: int,
+    gradient: ExactGradient,
+    values: mx.array,
+    longest: Example,
+    batch_size: int,
+    prefix: Prefix | None = None,
 ) -> tuple[int, int]:
-    """`tokens_that_fit` for `exact_step`; `gradient` has no limit of its own."""
+    """`tokens_that_fit` for `exact_step`; `gradient` has no limit of its own, and the same prefix."""
 
     def peak(rows: int) -> int:
-        return peak_of(lambda: mx.eval(gradient(values, [longest] * rows)[1]))
+        batch = _prepared(prefix, longest, batch_size)
+        return peak_of(lambda: mx.eval(gradient(values, batch[:rows])[1]))
 
-    return _largest_that_fits(limit, layout([[longest]], False)[0], batch_size, peak)
+    row = layout([[longest]], False)[0]
+    return _largest_that_fits(limit - (prefix.cached_bytes if prefix else 0), row, batch_size, peak)
+
+
+def _prepared(prefix: Prefix | None, example: Example, count: int) -> list[Example]:
+    """Examples like one, with what a step holds of a prefix for as many."""
+    batch = [replace(example) for _ in range(count)]
+    if prefix:
+        prefix.prepare(batch)
+    return batch
 
 
 def tokens_of(shares: Sequence[Sequence[Example]], continues: bool, judge: Judge | None) -> int:

@@ -12,7 +12,8 @@ from .errors import UsageError
 from .files import locked, reporting_disk_errors
 from .memory import bounded_cache, held_below
 from .metric import is_function
-from .run import Report, Run, TrainResult
+from .result import TrainResult
+from .run import Report, Run
 
 
 def train(

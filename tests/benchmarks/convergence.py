@@ -88,7 +88,9 @@ def zo_run(path: Path, settings: dict[str, Any], data: Path, args: argparse.Name
     rows = rows_of_step(config) * (3 if config.gradient == "exact" else 1)
     if config.gradient == "zo" and config.num_layers != -1:  # the blocks before are computed once for all branches
         sparse = load_sparse(path)[0]
-        part = (config.num_layers or sparse.last_half()) / len(sparse.model.layers)
+        blocks = len(sparse.model.layers)
+        last = config.num_layers or sparse.last_half()
+        part = 1.0 if last == -1 else min(1.0, last / blocks)
         rows = part * rows + (1 - part) * filled(config.batch_size)
     points: Points = []
     started = time.perf_counter()

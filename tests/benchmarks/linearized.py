@@ -56,7 +56,7 @@ def linearize(model: Path, examples: list[Example], train: int, blocks: int | No
     """Gradients of all scores with respect to the last blocks' values, an example's in branches of its own."""
     sparse, _, index, _ = load_sparse(model)
     head, values = split_head(sparse.model), index.initial_values()
-    blocks = blocks or len(sparse.model.layers)
+    blocks = len(sparse.model.layers) if blocks in (None, -1) else blocks
     values = values[mx.array(sparse.train_last(blocks, values))]
     choices = len(examples[0].choices)
 
@@ -186,6 +186,7 @@ def main() -> None:
     if args.gram and Path(args.gram).exists():
         kept = np.load(args.gram)
         task = Linear(kept["scores"], kept["gram"], kept["labels"], args.train, float(kept["part"]))
+        print(f"{args.gram}: of the last {task.part:.0%} of the blocks")
     else:
         with bounded_cache():
             task = linearize(Path(args.model), examples, args.train, args.num_layers)

@@ -5,7 +5,8 @@
 For batches of 1 to 32 rows of 64 to 1024 tokens: MLX's peak, weights included, while evaluating the rows once, and
 while training on them with a memory limit of 1.1 times that. LoRA (all layers, rank 8, Adam, with gradient
 checkpointing) has the same weights dequantized to float32, so only what it takes above them is given, for batches
-that do not take more than this machine has. With --json, points that the file has already are not measured again.
+that do not take more than this machine has. With --json, points that the file has already are not measured again: it is
+of one model.
 """
 
 import zo_mlx  # isort: skip  # noqa: F401  (first, so that MLX gets a fast BLAS)
