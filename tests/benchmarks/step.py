@@ -176,6 +176,8 @@ def main() -> None:
     parser.add_argument("--num-layers", type=int, metavar="N", help="steps that train the last N blocks, too")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
+    if args.others and args.num_layers:
+        parser.error("--num-layers is measured on quantized weights, --others on dense ones")
     with model_directory(args.model) as path, bounded_cache():
         found = run(path, args)
 
