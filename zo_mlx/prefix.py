@@ -7,6 +7,7 @@ import mlx.core as mx
 
 from .blocks import BlockwiseModel
 from .data import Example
+from .objective import padded
 
 # What goes into the first trained block, (T, H) for each row of an example, by the example's identity.
 States = dict[int, list[mx.array]]
@@ -84,8 +85,8 @@ class Prefix:
         rows, width = tokens.shape[0] // len(branches), tokens.shape[1]
         stacked = []
         for b in distinct:
-            padded = [mx.pad(x, [(0, width - len(x)), (0, 0)]) for e in branches[b] for x in self._states_of(e)]
-            stacked.append(mx.stack(padded + [mx.zeros_like(padded[0])] * (rows - len(padded))))
+            wide = [mx.pad(x, [(0, width - len(x)), (0, 0)]) for e in branches[b] for x in self._states_of(e)]
+            stacked.append(mx.stack(wide + [mx.zeros_like(wide[0])] * (rows - len(wide))))
         which = [ids[b] for b in distinct]
         states = mx.stack(stacked)[mx.array([which.index(branch) for branch in ids])]
         return states.reshape(*tokens.shape, -1)
@@ -102,8 +103,8 @@ class Prefix:
         found: States = {id(e): [mx.zeros(0)] * len(e.rows) for e in examples}
         rows = [(row, id(e), place) for e in examples for place, row in enumerate(e.rows)]
         for some in self._passes(sorted(rows, key=lambda r: len(r[0]))):
-            width = len(some[-1][0])
-            states = self._blocks.inputs(mx.array([row + [0] * (width - len(row)) for row, _, _ in some]), self._first)
+            tokens = mx.array(padded([[row for row, _, _ in some]]))
+            states = self._blocks.inputs(tokens, self._first)
             for number, (row, owner, place) in enumerate(some):
                 found[owner][place] = mx.contiguous(states[number, : len(row)])
             mx.eval(found)  # type: ignore[arg-type]

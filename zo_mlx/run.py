@@ -146,13 +146,12 @@ class Run:
         """How many tokens may go through the model together within a limit in bytes."""
         config, longest = self.config, max(self.train_set.examples, key=lambda e: e.length)
         prefix = self.prefix(1)
+        room = limit - (prefix.cached_bytes if prefix else 0)
         if config.gradient == "exact":
             gradient = ExactGradient(self.sparse, self.head, self.blocks, prefix)
-            fit, least = exact_tokens_that_fit(limit, gradient, self.values, longest, self.batch_size, prefix)
+            fit, least = exact_tokens_that_fit(room, gradient, self.values, longest, self.batch_size, prefix)
         else:
-            fit, least = tokens_that_fit(
-                limit, self.sparse, self.head, self.values, longest, config, prefix, self.judge
-            )
+            fit, least = tokens_that_fit(room, self.sparse, self.head, self.values, longest, config, prefix, self.judge)
         if least > limit:
             self.warn(f"--memory-limit: the longest example alone takes {least / 1e9:.3f} GB")
         return fit
@@ -196,7 +195,7 @@ class Run:
         if not self.has_prefix:
             return None
         assert self.blocks is not None
-        groups = [self.batches.of(i + 1, steps) for i in range(0, self.batches.in_epoch, steps)]
+        groups = (self.batches.of(i + 1, steps) for i in range(0, self.batches.in_epoch, steps))
         size = int((self.config.cache_prefix or 0) * 1e9)
         return Prefix(self.blocks, self.sparse.first_block, groups, size, self.config.tokens_at_once)
 

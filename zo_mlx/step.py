@@ -95,6 +95,8 @@ def tokens_that_fit(
 ) -> tuple[int, int]:
     """How many tokens a forward pass of `make_loss` may have within a limit in bytes, weights included: measured.
 
+    What the prefix is yet to keep is not in it.
+
     Args:
         values: (K,) that are trained.
         longest: the example with the longest row.
@@ -113,12 +115,13 @@ def tokens_that_fit(
     def peak(rows: int) -> int:
         loss = make_loss(sparse, head, prefix, judge=judge)
         count = min(rows, len(branches)) if sparse.stackable else 1
-        batch = _prepared(prefix, longest, max(filled(config.batch_size), -(-rows // count)))
-        return peak_of(lambda: mx.eval(loss(branches[:count], [batch[: -(-rows // count)]] * count)))
+        own = -(-rows // count)
+        batch = _prepared(prefix, longest, max(filled(config.batch_size), own))
+        return peak_of(lambda: mx.eval(loss(branches[:count], [batch[:own]] * count)))
 
     most = size * (len(branches) if sparse.stackable else 1)
     row = tokens_of([[longest]], head.continues and prefix is None, judge)
-    return _largest_that_fits(limit - (prefix.cached_bytes if prefix else 0), row, most, peak)
+    return _largest_that_fits(limit, row, most, peak)
 
 
 def exact_tokens_that_fit(
@@ -135,8 +138,7 @@ def exact_tokens_that_fit(
         batch = _prepared(prefix, longest, batch_size)
         return peak_of(lambda: mx.eval(gradient(values, batch[:rows])[1]))
 
-    row = layout([[longest]], False)[0]
-    return _largest_that_fits(limit - (prefix.cached_bytes if prefix else 0), row, batch_size, peak)
+    return _largest_that_fits(limit, layout([[longest]], False)[0], batch_size, peak)
 
 
 def _prepared(prefix: Prefix | None, example: Example, count: int) -> list[Example]:
