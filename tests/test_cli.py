@@ -9,6 +9,7 @@ from conftest import write_jsonl
 import zo_mlx
 from zo_mlx import cli
 from zo_mlx.cli import main
+from zo_mlx.commands.train import _print_event
 
 TRAIN = ["--iters", "2", "--batch-size", "4", "--directions", "2"]
 
@@ -160,8 +161,8 @@ def test_help_shows_defaults_where_there_are_any(capsys: pytest.CaptureFixture[s
 
 def test_what_a_run_decides_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     event = {"event": "chosen", "iteration": 3, "learning_rate": 2e-4, "epsilon": 1e-3, "slope": 16.6, "directions": 21}
-    cli._print_event(event)
-    cli._print_event({"event": "returned", "iteration": 75, "step": 50, "halvings": 2})
+    _print_event(event)
+    _print_event({"event": "returned", "iteration": 75, "step": 50, "halvings": 2})
     lines = capsys.readouterr().out.splitlines()
     assert "Iter 3: Learning Rate 2.000e-04, epsilon 1.0e-03: slopes along 21 directions" in lines[0]
     assert lines[1] == "Iter 75: the loss rose too far: back to the values of step 50, learning rate halved 2 times"

@@ -1,0 +1,111 @@
+"""`zo-mlx train`."""
+
+import argparse
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from .. import train, train_seeds
+from ..adapter import BEST
+from ..config import TrainConfig, read_yaml, value_type
+from ..progress import print_line
+from . import add_command
+
+
+def add(commands: Any) -> None:
+    """Its parser."""
+    p = add_command(commands, "train", _run, "Fine-tune a converted model's sensitive weights.")
+    p.add_argument("-c", "--config", metavar="YAML", help="Settings file with mlx-lm's keys; flags take precedence.")
+    p.add_argument("--resume", action="store_true", help="Go on with the run in the adapter directory.")
+    p.add_argument("--overwrite", action="store_true", help="Replace the run in the adapter directory.")
+    p.add_argument(
+        "--seeds",
+        type=int,
+        metavar="N",
+        help="Train with N seeds, from --seed on, in ADAPTER_PATH/seed-*.",
+    )
+    for f in dataclasses.fields(TrainConfig):
+        flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
+        if value_type(f) is bool:
+            p.add_argument(flag, action="store_true", default=None, help=text)
+        elif value_type(f) is not dict:
+            p.add_argument(
+                flag,
+                type=_number_or(f.metadata["word"]) if "word" in f.metadata else value_type(f),
+                default=argparse.SUPPRESS,
+                choices=f.metadata.get("choices"),
+                help=text if f.default is None else f"{text} (default: {f.default})",
+            )
+
+
+def _number_or(word: str) -> Any:
+    """An argument's type: a number, or a word in its place."""
+
+    def number(text: str) -> float | str:
+        return text if text == word else float(text)
+
+    return number
+
+
+def _run(args: argparse.Namespace) -> None:
+    names = {f.name for f in dataclasses.fields(TrainConfig)}
+    flags = {k: v for k, v in vars(args).items() if k in names and v is not None}
+    settings = {**(read_yaml(Path(args.config)) if args.config else {}), **flags}
+    report = _print_json if args.json else _print_event
+    if args.seeds is not None:
+        found = train_seeds(args.seeds, resume=args.resume, overwrite=args.overwrite, report=report, **settings)
+        if args.json:
+            _print_json({"event": "result", **found.as_dict()})
+        for name, numbers in ({} if args.json else found.spread).items():
+            spread = ", ".join(f"{key} {mean:.3f} ± {deviation:.3f}" for key, (mean, deviation) in numbers.items())
+            print(f"{name.capitalize()} over {args.seeds} seeds: {spread}")
+        return
+    result = train(resume=args.resume, overwrite=args.overwrite, report=report, **settings)
+    if args.json:
+        _print_json({"event": "result", **result.as_dict()})
+    else:
+        print(f"{result.adapter_path}: {result.iterations} steps, {result.adapter_bytes / 1e6:.2f} MB")
+        if result.best and result.best.iteration < result.iterations:
+            scored = result.after is not None and result.after.score is not None
+            what = f"score {-result.best.loss:.3f}" if scored else f"loss {result.best.loss:.3f}"
+            print(f"{result.adapter_path}/{BEST}: step {result.best.iteration}, validation {what}")
+
+
+def _print_json(event: dict[str, Any]) -> None:
+    print_line(json.dumps(event))
+
+
+def _print_event(event: dict[str, Any]) -> None:
+    if event["event"] == "train":
+        loss = math.nan if event["train_loss"] is None else event["train_loss"]  # none of the losses was finite
+        what = f"score {-loss:.3f}" if "train_score" in event else f"loss {loss:.3f}"
+        line = (
+            f"Iter {event['iteration']}: Train {what}, "
+            f"Learning Rate {event['learning_rate']:.3e}, It/sec {event['iterations_per_second']:.3f}, "
+            f"Tokens/sec {event['tokens_per_second']:.1f}, Peak mem {event['peak_memory']:.3f} GB"
+        )
+    elif event["event"] == "chosen":
+        line = (
+            f"Iter {event['iteration']}: Learning Rate {event['learning_rate']:.3e}, epsilon {event['epsilon']:.1e}: "
+            f"slopes along {event['directions']} directions have a root mean square of {event['slope']:.3g}"
+        )
+    elif event["event"] == "returned":
+        line = (
+            f"Iter {event['iteration']}: the loss rose too far: back to the values of step {event['step']}, "
+            f"learning rate halved {event['halvings']} times"
+        )
+    elif event["event"] == "warning":
+        line = f"Warning: {event['message']}"
+    elif event["event"] == "stopped":
+        line = f"Iter {event['iteration']}: stopped, none of the last {event['patience']} validations was the best"
+    else:
+        name = "Val" if event["event"] == "validation" else "Test"
+        score = f"{name} score {event['score']:.3f}, " if "score" in event else ""
+        line = f"Iter {event['iteration']}: {score}{name} loss {event['loss']:.3f}"
+        if "accuracy" in event:
+            line += f", {name} accuracy {event['accuracy']:.1%}, macro-F1 {event['macro_f1']:.3f}"
+        else:
+            line += f", {name} ppl {event['perplexity']:.3f}"
+    print_line(f"Seed {event['seed']}: {line}" if "seed" in event else line)
