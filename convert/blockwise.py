@@ -130,6 +130,7 @@ def _backward(
 ) -> tuple[Tape, mx.array]:
     """What a block's layers saw, and the gradient with respect to its input x, given that of its output."""
     with taped(layers) as tape:
-        _, (dx,) = mx.vjp(lambda x: model.block(number, row[None, :-1], x), [x], [dy])
+        # Without the block's output, which would hold what it is made from.
+        (dx,) = mx.vjp(lambda x: model.block(number, row[None, :-1], x), [x], [dy])[1]
     mx.eval(dx, tape.arrays())
     return tape, dx

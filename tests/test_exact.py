@@ -1,5 +1,6 @@
 """Exact gradients of the values, against `mx.grad` of stock mlx-lm models with dense weights."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +79,15 @@ def examples(spread: Path, choice_data: Path, tmp_path: Path) -> dict[str, list[
 
 
 @pytest.mark.parametrize("tokens_at_once", [None, 40, 1])
-@pytest.mark.parametrize("by_block", [True, False])
+@pytest.mark.parametrize(
+    ("by_block", "how"),
+    [(True, {}), (False, {}), (True, {"keep_blocks": 1, "spill": True}), (True, {"keep_blocks": -1})],
+)
 @pytest.mark.parametrize("kind", ["choices", "texts"])
 def test_it_is_the_gradient_of_the_dense_model(
     kind: str,
     by_block: bool,
+    how: dict[str, Any],
     tokens_at_once: int | None,
     spread: Path,
     examples: dict[str, list[Example]],
@@ -91,7 +96,7 @@ def test_it_is_the_gradient_of_the_dense_model(
     values = index.initial_values() + 0.02 * mx.random.normal((sparse.size,), key=mx.random.key(1))
     loss, expected = dense_gradient(spread, np.array(values), examples[kind])
     blocks = BlockwiseModel(sparse.model) if by_block else None
-    gradient = ExactGradient(sparse, split_head(sparse.model), blocks, tokens_at_once=tokens_at_once)
+    gradient = ExactGradient(sparse, split_head(sparse.model), blocks, tokens_at_once=tokens_at_once, **how)
     got_loss, got = gradient(values, examples[kind])
     assert got_loss == pytest.approx(loss, rel=1e-5)
     assert np.abs(np.array(got) - expected).max() < 1e-5 * np.abs(expected).max()
@@ -153,6 +158,20 @@ def test_resuming_is_bit_identical(keep: str, tiny: Path, choice_data: Path, tmp
     assert [(r.step, r.loss, r.projected.tolist()) for r in records[0]] == [
         (r.step, r.loss, r.projected.tolist()) for r in records[1]
     ]
+
+
+def test_a_memory_limit_keeps_what_it_has_room_for(tiny: Path, choice_data: Path, tmp_path: Path) -> None:
+    """What is decided is recorded, and changes nothing but rounding."""
+    _train(tiny, choice_data, tmp_path / "none")
+    recorded = []
+    for limit in (1.0, 0.0001):
+        with pytest.warns(UserWarning, match="longest example alone") if limit < 1 else contextlib.nullcontext():
+            _train(tiny, choice_data, tmp_path / f"{limit}", memory_limit=limit)
+        config = Journal.read(tmp_path / f"{limit}/journal").header["config"]
+        recorded.append((config["keep_blocks"], config["spill"]))
+        assert np.allclose(_values(tmp_path / f"{limit}"), _values(tmp_path / "none"), rtol=1e-3, atol=1e-5)
+        _train(tiny, choice_data, tmp_path / f"{limit}", memory_limit=limit, iters=8, resume=True)
+    assert recorded == [(3, False), (None, True)]
 
 
 def test_a_journal_of_exact_gradients_in_numpy(tiny: Path, choice_data: Path, tmp_path: Path) -> None:

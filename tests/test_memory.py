@@ -1,19 +1,22 @@
 """Steps within a memory limit: the same numbers, a smaller peak."""
 
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import write_jsonl
+from conftest import write_hf_llama, write_jsonl
 from test_train import _train, _values
 
+import zo_mlx
 from zo_mlx import objective
 from zo_mlx.blocks import BlockwiseModel
 from zo_mlx.config import TrainConfig, resolved
 from zo_mlx.data import Example, Target, load_dataset
 from zo_mlx.estimator import Branches, TwoSided
 from zo_mlx.exact import ExactGradient
+from zo_mlx.fit import blocks_that_fit, exact_tokens_that_fit, tokens_that_fit
 from zo_mlx.head import Head, split_head
 from zo_mlx.journal import Journal
 from zo_mlx.memory import peak_of
@@ -21,7 +24,7 @@ from zo_mlx.model import load_sparse
 from zo_mlx.objective import layout
 from zo_mlx.optimizer import Optimizer
 from zo_mlx.prefix import Prefix
-from zo_mlx.step import exact_tokens_that_fit, make_loss, step, tokens_that_fit
+from zo_mlx.step import make_loss, step
 
 
 @pytest.mark.parametrize("kind", ["choices", "tokens", "long choices"])
@@ -98,7 +101,7 @@ def test_a_step_of_a_real_model_stays_within_the_limit(last: int, smollm2: Path)
     unlimited, least = peak(None), peak(1)
     assert least < 0.95 * unlimited
     limit = (least + unlimited) // 2
-    fit, alone = tokens_that_fit(limit, sparse, head, values, examples[1], config, prefix(None))
+    fit, alone = tokens_that_fit(limit, sparse, head, values, examples, config, prefix(None))
     assert 256 <= fit < 8 * 256
     assert peak(fit, limit) <= 1.01 * limit
     assert alone == pytest.approx(least, rel=0.1)
@@ -122,16 +125,36 @@ def test_a_limit_for_exact_gradients(smollm2: Path) -> None:
     examples = [Example([rng.integers(0, 49_000, 64).tolist()], [[Target(0, 63, 5)]])] * 8
     blocks = BlockwiseModel(sparse.model)
 
-    def peak(tokens_at_once: int | None) -> int:
-        gradient = ExactGradient(sparse, head, blocks, tokens_at_once=tokens_at_once)
+    def peak(**how: Any) -> int:
+        gradient = ExactGradient(sparse, head, blocks, **how)
         return peak_of(lambda: mx.eval(gradient(values, examples)[1]))
 
-    unlimited, least = peak(None), peak(1)
+    unlimited, least = peak(), peak(tokens_at_once=1)
     assert least < 0.9 * unlimited
     limit = (least + unlimited) // 2
-    fit, _ = exact_tokens_that_fit(limit, ExactGradient(sparse, head, blocks), values, examples[0], 8)
+    fit, _ = exact_tokens_that_fit(limit, ExactGradient(sparse, head, blocks), values, examples)
     assert 64 <= fit < 8 * 64
-    assert peak(fit) <= 1.01 * limit
+    assert peak(tokens_at_once=fit) <= 1.01 * limit
+
+
+def test_exact_gradients_spill_or_hold_what_a_limit_says(tmp_path: Path) -> None:
+    write_hf_llama(tmp_path / "hf", num_hidden_layers=16, hidden_size=256, intermediate_size=256)
+    zo_mlx.convert(str(tmp_path / "hf"), str(tmp_path / "m"), num_samples=2, sequence_length=16, progress=False)
+    sparse, _, index, _ = load_sparse(tmp_path / "m")
+    head, values, blocks = split_head(sparse.model), index.initial_values(), BlockwiseModel(sparse.model)
+    examples = [Example([[*range(100)]], [[Target(0, 99, 5)]])] * 8
+
+    def peak(**how: Any) -> int:
+        gradient = ExactGradient(sparse, head, blocks, **how)
+        return peak_of(lambda: mx.eval(gradient(values, examples)[1]))
+
+    plain, whole = peak(), peak(keep_blocks=-1)
+    inputs = 16 * 8 * 100 * 256 * 4
+    assert peak(spill=True) < plain - 0.3 * inputs
+    limit = (plain + whole) // 2
+    keep = blocks_that_fit(limit, ExactGradient(sparse, head, blocks), values, examples)
+    assert 1 <= keep < 16
+    assert plain < peak(keep_blocks=keep) <= limit
 
 
 def test_branches_hold_no_values_of_their_own(tiny: Path) -> None:

@@ -49,10 +49,21 @@ class TrainConfig:
         None, "GB of the untrained first blocks' results to keep for later epochs.", least=0
     )
     memory_limit: float | None = _setting(
-        None, "GB that MLX is to use at most, weights included: fewer tokens at once.", least=1e-3
+        None, "GB that MLX is to use at most, weights included: decides on tokens at once.", least=1e-6
     )
     tokens_at_once: int | None = _setting(
         None, "Tokens in a forward pass at most; default: a step's, or what fits the memory limit.", least=1
+    )
+    keep_blocks: int | None = _setting(
+        None,
+        "Exact gradients: hold what the backward pass of this many last blocks needs, -1 for all, instead of "
+        "computing it again; default: as many as the memory limit has room for, none without one.",
+        least=-1,
+    )
+    spill: bool = _setting(
+        False,
+        "Exact gradients: put what goes into the other blocks on the disk; on where a single example is too much for "
+        "the memory limit.",
     )
     iters: int = _setting(1000, "Steps to train for.", least=0)
     gradient: str = _setting(

@@ -155,7 +155,7 @@ def scores(head: Head, batch: Batch) -> mx.array:
 
 
 def states_gradient(head: Head, states: mx.array, batch: Batch, count: float) -> tuple[mx.array, mx.array]:
-    """The loss of one branch, and its gradient with respect to the states at the targets.
+    """The loss of one branch, and its gradient with respect to the states at the targets; nothing is computed yet.
 
     Args:
         states: (M, H), from `target_states`.
@@ -164,20 +164,18 @@ def states_gradient(head: Head, states: mx.array, batch: Batch, count: float) ->
     Returns:
         The loss, (), and (M, H).
     """
-    mx.eval(states)
     with _columns(head, batch) as (columns, whole):
         pieces = list(_pieces(head, states, batch.target_position, columns, whole))
         found = _of_pieces(states, pieces)
         loss, back = mx.value_and_grad(lambda found: branch_losses(_summed(found, batch), batch, count).sum())(found)
-        mx.eval(loss, back)
-        gradients, done = [], 0
+        gradients, done = [back], 0
         for target_scores, rows in pieces:
             size = target_scores.keywords["at"].size
-            _, (gradient,) = mx.vjp(target_scores, [states[rows]], [back[done : done + size]])
-            mx.eval(gradient)
+            own = mx.depends([states[rows]], gradients[-1:])
+            _, (gradient,) = mx.vjp(target_scores, own, [back[done : done + size]])
             gradients.append(gradient)
             done += size
-    return loss, mx.concatenate(gradients)
+    return loss, mx.concatenate(gradients[1:])
 
 
 def target_states(head: Head, batch: Batch) -> mx.array:
@@ -219,8 +217,7 @@ def _of_pieces(states: mx.array, pieces: Iterable[tuple[partial[mx.array], slice
     """The scores of all targets, (n,), with the logits of one piece at a time in memory."""
     parts = []
     for target_scores, rows in pieces:
-        parts.append(target_scores(states[rows]))
-        mx.eval(parts[-1])
+        parts.append(target_scores(*mx.depends([states[rows]], parts[-1:] or [states])))
     return mx.concatenate(parts)
 
 

@@ -22,24 +22,17 @@ from .estimator import fisher_scale
 from .evaluate import Evaluation, evaluate_dataset
 from .exact import ExactGradient
 from .files import check_space, reporting_disk_errors, sha256
+from .fit import blocks_that_fit, exact_tokens_that_fit, longest_batch, tokens_that_fit
 from .head import split_head
 from .index import FILE_NAME as INDEX
 from .metric import CROSS_ENTROPY, Metric
 from .model import context_length, load_sparse
+from .objective import layout
 from .optimizer import Optimizer, State
 from .prefix import Prefix
 from .progress import Meter, Progress
 from .result import TrainResult
-from .step import (
-    exact_step,
-    exact_tokens_that_fit,
-    make_loss,
-    replay,
-    rows_of_step,
-    step,
-    tokens_of,
-    tokens_that_fit,
-)  # fmt: skip
+from .step import exact_step, make_loss, replay, rows_of_step, step, tokens_of
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -92,7 +85,7 @@ class Run:
         self.choose_blocks()
         self.values = self.all_values[self.trained]
         if config.memory_limit is not None and config.tokens_at_once is None:
-            config.tokens_at_once = self.tokens_that_fit(int(config.memory_limit * 1e9))
+            self.fit(int(config.memory_limit * 1e9))
         scores = np.concatenate([tensor.scores for tensor in index.tensors.values()])
         self.scale = fisher_scale(mx.array(scores)[self.trained], config.precondition)
         self.optimizer = Optimizer(config, self.values)
@@ -142,19 +135,32 @@ class Run:
             return False
         return self.config.gradient == "exact" or not self.head.continues or trained <= 1.5 * self.train_set.unshared
 
-    def tokens_that_fit(self, limit: int) -> int:
-        """How many tokens may go through the model together within a limit in bytes."""
-        config, longest = self.config, max(self.train_set.examples, key=lambda e: e.length)
-        prefix = self.prefix(1)
+    def fit(self, limit: int) -> None:
+        """Settle how many tokens go through the model together, and what is held meanwhile, within a limit in bytes."""
+        config, examples, prefix = self.config, self.train_set.examples, self.prefix(1)
         room = limit - (prefix.cached_bytes if prefix else 0)
         if config.gradient == "exact":
-            gradient = ExactGradient(self.sparse, self.head, self.blocks, prefix)
-            fit, least = exact_tokens_that_fit(room, gradient, self.values, longest, self.batch_size, prefix)
+            batch = longest_batch(examples, self.batch_size, prefix)
+            gradient = self.exact_gradient(prefix)
+            fit, least = exact_tokens_that_fit(room, gradient, self.values, batch)
+            if least > limit and self.blocks and not config.spill:
+                config.spill = True
+                fit, least = exact_tokens_that_fit(room, self.exact_gradient(prefix), self.values, batch)
+            elif config.keep_blocks is None and self.blocks and fit >= layout([batch], False)[0]:
+                config.keep_blocks = blocks_that_fit(room, gradient, self.values, batch)
         else:
-            fit, least = tokens_that_fit(room, self.sparse, self.head, self.values, longest, config, prefix, self.judge)
+            fit, least = tokens_that_fit(
+                room, self.sparse, self.head, self.values, examples, config, prefix, self.judge
+            )
+        config.tokens_at_once = fit
         if least > limit:
             self.warn(f"--memory-limit: the longest example alone takes {least / 1e9:.3f} GB")
-        return fit
+
+    def exact_gradient(self, prefix: Prefix | None) -> ExactGradient:
+        config = self.config
+        return ExactGradient(
+            self.sparse, self.head, self.blocks, prefix, config.tokens_at_once, config.keep_blocks or 0, config.spill
+        )
 
     def start(self) -> None:
         """Begin a new run in the adapter directory, in place of any old one."""
@@ -205,7 +211,7 @@ class Run:
         # As many rows as a step's branches have go through the first blocks together; where memory is short, a step's.
         steps = rows_of_step(config) // self.batch_size if config.tokens_at_once is None else 1
         prefix = self.prefix(steps)
-        gradient = ExactGradient(self.sparse, self.head, self.blocks, prefix, config.tokens_at_once)
+        gradient = self.exact_gradient(prefix)
         loss = make_loss(self.sparse, self.head, prefix, config.tokens_at_once, self.judge)
 
         def take(examples: list[Any], number: int) -> tuple[mx.array, State, journal.Record]:

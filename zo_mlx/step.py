@@ -1,8 +1,7 @@
 """One training step: a function of values, optimizer state, examples, step number and settings."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -14,7 +13,6 @@ from .data import Example
 from .exact import ExactGradient
 from .head import Head
 from .journal import Record
-from .memory import peak_of, with_margin
 from .objective import branch_losses, collate, layout, scores
 from .optimizer import Optimizer, State
 from .prefix import Prefix
@@ -83,103 +81,9 @@ def rows_of_step(config: TrainConfig) -> int:
     return sum(map(len, shares))
 
 
-def tokens_that_fit(
-    limit: int,
-    sparse: SparseModel,
-    head: Head,
-    values: mx.array,
-    longest: Example,
-    config: TrainConfig,
-    prefix: Prefix | None = None,
-    judge: Judge | None = None,
-) -> tuple[int, int]:
-    """How many tokens a forward pass of `make_loss` may have within a limit in bytes, weights included: measured.
-
-    What the prefix is yet to keep is not in it.
-
-    Args:
-        values: (K,) that are trained.
-        longest: the example with the longest row.
-        config: resolved; estimator, directions and batch size are read.
-        prefix: as for `make_loss`, and judge as well.
-
-    Returns:
-        As `_largest_that_fits`.
-    """
-    method = estimator.ESTIMATORS[config.estimator]
-    directions = filled(config.directions)
-    z = mx.ones((directions, values.size), mx.int8)
-    branches = method.branches(values, z, 1e-3)
-    size = len(method.shares([longest] * filled(config.batch_size), directions)[0])
-
-    def peak(rows: int) -> int:
-        loss = make_loss(sparse, head, prefix, judge=judge)
-        count = min(rows, len(branches)) if sparse.stackable else 1
-        own = -(-rows // count)
-        batch = _prepared(prefix, longest, max(filled(config.batch_size), own))
-        return peak_of(lambda: mx.eval(loss(branches[:count], [batch[:own]] * count)))
-
-    most = size * (len(branches) if sparse.stackable else 1)
-    row = tokens_of([[longest]], head.continues and prefix is None, judge)
-    return _largest_that_fits(limit, row, most, peak)
-
-
-def exact_tokens_that_fit(
-    limit: int,
-    gradient: ExactGradient,
-    values: mx.array,
-    longest: Example,
-    batch_size: int,
-    prefix: Prefix | None = None,
-) -> tuple[int, int]:
-    """`tokens_that_fit` for `exact_step`; `gradient` has no limit of its own, and the same prefix."""
-
-    def peak(rows: int) -> int:
-        batch = _prepared(prefix, longest, batch_size)
-        return peak_of(lambda: mx.eval(gradient(values, batch[:rows])[1]))
-
-    return _largest_that_fits(limit, layout([[longest]], False)[0], batch_size, peak)
-
-
-def _prepared(prefix: Prefix | None, example: Example, count: int) -> list[Example]:
-    """Examples like one, with what a step holds of a prefix for as many."""
-    batch = [replace(example) for _ in range(count)]
-    if prefix:
-        prefix.prepare(batch)
-    return batch
-
-
 def tokens_of(shares: Sequence[Sequence[Example]], continues: bool, judge: Judge | None) -> int:
     """How many tokens a branch takes, padding included."""
     return judge.tokens(shares) if judge and judge.generates else layout(shares, continues)[0]
-
-
-def _largest_that_fits(limit: int, row: int, most: int, peak: Callable[[int], int]) -> tuple[int, int]:
-    """How many tokens may go through the model together.
-
-    Passes of twice as many rows are tried until one takes too much, or the whole step fits. In between, a straight line
-    is on the safe side: small passes take little more than a layer's weights, larger ones more for each token. What
-    shorter examples take is less.
-
-    Args:
-        limit: in bytes.
-        row: tokens of the longest example.
-        most: examples in a step.
-        peak: of so many of the longest example, in bytes.
-
-    Returns:
-        Tokens, which may be fewer than an example's; and the bytes that a pass takes with an example at a time.
-    """
-    aim = with_margin(limit)
-    fit, taken = row, (alone := peak(1))
-    if alone > aim:
-        return 1, alone
-    for rows in [*(2**i for i in range(1, most.bit_length())), most]:
-        if row * rows > fit:
-            if (more := peak(rows)) > aim:
-                return int(fit + (row * rows - fit) * (aim - taken) / (more - taken)), alone
-            fit, taken = row * rows, more
-    return fit, alone
 
 
 def step(

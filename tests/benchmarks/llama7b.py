@@ -24,11 +24,12 @@ from shapes import make_quantized_model
 from zo_mlx.blocks import BlockwiseModel
 from zo_mlx.config import TrainConfig, resolved
 from zo_mlx.exact import ExactGradient
+from zo_mlx.fit import exact_tokens_that_fit, tokens_that_fit
 from zo_mlx.head import split_head
 from zo_mlx.memory import bounded_cache, held_below
 from zo_mlx.model import load_sparse
 from zo_mlx.optimizer import Optimizer
-from zo_mlx.step import exact_step, exact_tokens_that_fit, make_loss, step, tokens_that_fit
+from zo_mlx.step import exact_step, make_loss, step
 
 
 def train_one_step(path: Path, rows: int, length: int, memory_limit: float | None, gradient: str) -> dict[str, float]:
@@ -43,9 +44,9 @@ def train_one_step(path: Path, rows: int, length: int, memory_limit: float | Non
     optimizer = Optimizer(settings, values)
     blocks = BlockwiseModel(sparse.model) if gradient == "exact" else None
     if blocks and limit:
-        fit = exact_tokens_that_fit(limit, ExactGradient(sparse, head, blocks), values, examples[0], rows)[0]
+        fit = exact_tokens_that_fit(limit, ExactGradient(sparse, head, blocks), values, examples)[0]
     elif limit:
-        fit = tokens_that_fit(limit, sparse, head, values, examples[0], settings)[0]
+        fit = tokens_that_fit(limit, sparse, head, values, examples, settings)[0]
     started = time.perf_counter()
     with held_below(limit):
         if blocks:

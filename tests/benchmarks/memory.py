@@ -23,12 +23,13 @@ from matplotlib.figure import Figure
 
 from zo_mlx.config import TrainConfig, resolved
 from zo_mlx.data import Example, Target
+from zo_mlx.fit import tokens_that_fit
 from zo_mlx.head import split_head
 from zo_mlx.memory import bounded_cache, peak_of
 from zo_mlx.model import load_sparse
 from zo_mlx.objective import collate, scores
 from zo_mlx.optimizer import Optimizer
-from zo_mlx.step import make_loss, step, tokens_that_fit
+from zo_mlx.step import make_loss, step
 
 BATCHES, LENGTHS = (1, 4, 16, 32), (64, 256, 1024)
 LORA_TOKENS = 8 * 1024  # of SmolLM2, their logits alone take 1.6 GB, and gradients of the same size
@@ -63,7 +64,7 @@ def measure(path: Path, kept: Path | None) -> list[dict[str, Any]]:
             evaluating = peak_of(lambda e=examples: mx.eval(scores(head, collate([e]))))  # type: ignore[misc]
             limit = int(1.1 * evaluating)
             settings = resolved(TrainConfig(batch_size=rows, estimator="two-sided"))
-            fit, _ = tokens_that_fit(limit, sparse, head, values, examples[0], settings)
+            fit, _ = tokens_that_fit(limit, sparse, head, values, examples, settings)
             loss, optimizer = make_loss(sparse, head, tokens_at_once=fit), Optimizer(settings, values)
             training = peak_of(
                 lambda e=examples, o=optimizer, f=loss, s=settings: mx.eval(  # type: ignore[misc]
