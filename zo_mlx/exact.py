@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from .blocks import BlockwiseModel
 from .data import Example
-from .files import reporting_disk_errors
+from .files import load_safetensors, reporting_disk_errors
 from .head import Head
 from .objective import Batch, collate, layout, states_gradient, target_states
 from .prefix import Prefix
@@ -144,4 +144,4 @@ class ExactGradient:
         path = Path(self._spill.name, f"{number}.safetensors")
         with reporting_disk_errors(path):
             mx.save_safetensors(str(path), {"x": x})
-        return lambda: mx.load(str(path))["x"]  # type: ignore[index]
+        return lambda: load_safetensors(path)[0]["x"]

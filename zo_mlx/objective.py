@@ -215,7 +215,7 @@ def _pieces(
 
 def _of_pieces(states: mx.array, pieces: Iterable[tuple[partial[mx.array], slice]]) -> mx.array:
     """The scores of all targets, (n,), with the logits of one piece at a time in memory."""
-    parts = []
+    parts = list[mx.array]()
     for target_scores, rows in pieces:
         parts.append(target_scores(*mx.depends([states[rows]], parts[-1:] or [states])))
     return mx.concatenate(parts)
