@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import struct
 import zlib
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from .errors import UsageError, ZoError
-from .files import flush, reporting_disk_errors, write_atomically
+from .files import flush, reporting_disk_errors, sync, write_atomically
 
 FILE_NAME = "journal"
 MAGIC = b"ZOMLXJ1\n"
@@ -52,7 +53,10 @@ class Journal:
 
     Attributes:
         header: what a replay needs: `config`, the run's settings, and `fingerprints` of what it was run on.
+        damage: what is wrong before its last record, where `read` was to pass over that; else None.
     """
+
+    damage: str | None = None
 
     def __init__(self, path: Path, header: dict[str, Any], seed: int, start: int, count: int):
         self.path, self.header = path, header
@@ -84,19 +88,25 @@ class Journal:
         return cls(path, header, seed, len(prefix) + _CRC.size, 0)
 
     @classmethod
-    def read(cls, path: Path) -> "Journal":
+    def read(cls, path: Path, cut: bool = False) -> "Journal":
         """Read and check a journal. A torn last record, left by a crash while it was written, is ignored.
+
+        Args:
+            cut: where it is damaged before its last record, take what is before that.
 
         Raises:
             UsageError: no journal, one of another version, or one that is damaged before its last record.
         """
         try:
             with path.open("rb") as f:
-                return cls._checked(path, f, path.stat().st_size)
+                found = cls._checked(path, f, path.stat().st_size)
         except FileNotFoundError:
             raise UsageError(f"{path} is missing: {path.parent} holds no training run") from None
         except OSError as e:
             raise UsageError(f"{path} cannot be read: {e.strerror}") from None
+        if found.damage and not cut:
+            raise UsageError(f"{found.damage}; zo-mlx train --resume goes on from before it")
+        return found
 
     @classmethod
     def _checked(cls, path: Path, f: BinaryIO, size: int) -> "Journal":
@@ -125,9 +135,10 @@ class Journal:
             if checksum != zlib.crc32(record[: -_CRC.size], seed) or _START.unpack_from(record)[0] != count + 1:
                 break
             count += 1
+        found = cls(path, header, seed, begin, count)
         if size - begin - count * each > each:
-            raise UsageError(f"{path} is damaged at record {count + 1}, which is not the last")
-        return cls(path, header, seed, begin, count)
+            found.damage = f"{path} is damaged at record {count + 1}, which is not the last"
+        return found
 
     @property
     def identity(self) -> str:
@@ -146,8 +157,13 @@ class Journal:
         self._count += 1
 
     def open(self) -> "Journal":
-        """Open for appending, without a torn last record; use the result as a context manager."""
+        """Open for appending, without a torn last record; use the result as a context manager.
+
+        Before damaged records, and whole ones after them, are cut off, they are copied beside.
+        """
         with reporting_disk_errors(self.path):
+            if self.damage:
+                sync(shutil.copyfile(self.path, self.path.with_name(f"{FILE_NAME}.damaged-at-{self._count + 1}")))
             self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND)
             os.ftruncate(self._fd, self._start + self._count * self._layout.size)
         return self

@@ -173,6 +173,8 @@ class Run:
             )
         if past.header.get("trained") != self.values.size:
             raise UsageError(f"{past.path} is of {past.header.get('trained')} trained weights, not {self.values.size}")
+        if past.damage:
+            self.warn(f"{past.damage}: going on after step {len(past)}; the whole journal is kept beside it")
         check_space(self.directory, (self.config.iters - len(past)) * journal.record_size(past.header))
         self.journal = past
         try:

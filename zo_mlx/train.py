@@ -51,7 +51,7 @@ def train(
             if not adapter.has_run(directory):
                 raise UsageError(f"{directory} holds no training run to resume")
             held.enter_context(locked(directory))
-            past = journal.Journal.read(directory / journal.FILE_NAME)
+            past = journal.Journal.read(directory / journal.FILE_NAME, cut=True)
             run = Run(_resumed_config(past.header["config"], settings), report or _print_warning, progress)
             run.resume(past)
         else:
