@@ -41,6 +41,17 @@ def test_a_resumed_run_keeps_the_best_of_both_parts(tiny: Path, choice_data: Pat
     assert not list((tmp_path / "a" / BEST).iterdir())
 
 
+def test_lost_best_values_are_found_again(tiny: Path, choice_data: Path, tmp_path: Path) -> None:
+    """Not only those of the validations to come, which here are worse."""
+    whole = _train(tiny, choice_data, tmp_path / "a", **SETTINGS)
+    assert whole.best is not None and whole.best.iteration <= 12
+    values = _values(tmp_path / "a" / BEST)
+    (tmp_path / "a" / BEST / "values.safetensors").unlink()
+    again = _train(tiny, choice_data, tmp_path / "a", resume=True)
+    assert again.best == whole.best
+    assert (_values(tmp_path / "a" / BEST) == values).all()
+
+
 def test_patience_stops_a_run_that_gets_no_better(tiny: Path, choice_data: Path, tmp_path: Path) -> None:
     settings = {"iters": 100, "learning_rate": 0.0, "patience": 2}
     assert _train(tiny, choice_data, tmp_path / "a", **settings).iterations == 8

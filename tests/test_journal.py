@@ -69,6 +69,17 @@ def test_any_changed_byte_is_detected(tmp_path: Path) -> None:
                 Journal.read(tmp_path / "bad")
 
 
+def test_a_damaged_journal_can_be_cut_and_is_kept(tmp_path: Path) -> None:
+    content = bytearray(_write(tmp_path / "journal", 4))
+    start = len(content) - 4 * RECORD_SIZE
+    content[start + RECORD_SIZE + 5] ^= 1
+    (tmp_path / "journal").write_bytes(content)
+    with Journal.read(tmp_path / "journal", cut=True).open():
+        pass
+    assert (tmp_path / "journal").read_bytes() == content[: start + RECORD_SIZE]
+    assert (tmp_path / "journal.damaged-at-2").read_bytes() == content
+
+
 def test_records_of_another_run_are_not_taken(tmp_path: Path) -> None:
     ours, theirs = (
         _write(tmp_path / "a", 2),

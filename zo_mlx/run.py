@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,10 @@ class Run:
         self.journal = journal.Journal.create(self.directory / journal.FILE_NAME, header)
 
     def resume(self, past: journal.Journal) -> None:
-        """Restore the state after a journal's last record: from a snapshot if there is one, and by replay."""
+        """Restore the state after a journal's last record: from a snapshot if there is one, and by replay.
+
+        Where the best values are lost, all is replayed, and validated again on the way.
+        """
         recorded = past.header["fingerprints"]
         if changed := [k for k in recorded.keys() | self.prints.keys() if recorded.get(k) != self.prints.get(k)]:
             raise UsageError(
@@ -177,20 +181,29 @@ class Run:
             self.warn(f"{past.damage}: going on after step {len(past)}; the whole journal is kept beside it")
         check_space(self.directory, (self.config.iters - len(past)) * journal.record_size(past.header))
         self.journal = past
+        best = adapter.read_best(self.directory, past.identity)
+        self.best = best if best and best.iteration <= len(past) else None
+        every = self.config.steps_per_eval
+        lost = range(every, len(past), every) if self.validates and self.best is None else ()
+        if not lost:
+            self.restore(past)
+        for number in [*lost, len(past)]:
+            some = islice(past.records(self.done), number - self.done)
+            self.values, self.state = replay(self.optimizer, self.values, self.state, some, self.config, self.scale)
+            self.done = number
+            if number in lost:
+                self.validate()
+
+    def restore(self, past: journal.Journal) -> None:
+        """Take the state of a snapshot of this run, if there is one."""
         try:
             snapshot = adapter.read_snapshot(self.directory)
         except UsageError:
-            snapshot = None  # the journal alone suffices
-        if snapshot and snapshot.journal == past.identity and snapshot.step <= len(past):
+            return  # the journal alone suffices
+        if snapshot.journal == past.identity and snapshot.step <= len(past):
             state = adapter.read_optimizer_state(self.directory, snapshot, like=self.state)
             if state is not None and snapshot.values.shape == self.all_values.shape:
                 self.values, self.state, self.done = snapshot.values[self.trained], state, snapshot.step
-        self.values, self.state = replay(
-            self.optimizer, self.values, self.state, past.records(self.done), self.config, self.scale
-        )
-        self.done = len(past)
-        best = adapter.read_best(self.directory, past.identity)
-        self.best = best if best and best.iteration <= self.done else None
 
     def prefix(self, steps: int) -> Prefix | None:
         """What runs the blocks before the trained ones, for so many steps at once."""
@@ -228,10 +241,16 @@ class Run:
         count = -1 if batches == -1 else batches * self.batch_size
         return evaluate_dataset(self.head, dataset, size, count, self.progress, self.judge)
 
+    @property
+    def validates(self) -> bool:
+        """Whether there is something to validate on, and that is asked for."""
+        return self.valid_set is not None and self.config.val_batches != 0
+
     def validate(self) -> Evaluation | None:
         """Evaluate on the validation set, and keep the values if they are the best so far."""
-        if self.valid_set is None or self.config.val_batches == 0:
+        if not self.validates:
             return None
+        assert self.valid_set is not None
         result = self.evaluate(self.valid_set, self.config.val_batches)
         config, is_best = self.config, False
         # What a resumed run begins with is no validation that an uninterrupted one would have made.
