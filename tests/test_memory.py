@@ -12,7 +12,7 @@ from zo_mlx import objective
 from zo_mlx.blocks import BlockwiseModel
 from zo_mlx.config import TrainConfig, resolved
 from zo_mlx.data import Example, Target, load_dataset
-from zo_mlx.estimator import Branches, TwoSided
+from zo_mlx.estimator import Branches, TwoSided, Vectors, directions
 from zo_mlx.exact import ExactGradient
 from zo_mlx.head import Head, split_head
 from zo_mlx.journal import Journal
@@ -55,7 +55,7 @@ def test_losses_in_parts_are_those_of_one_pass(
 
     continues = kind == "long choices"
     head = Head(hidden, whole.logits, len(sparse.model.layers) if continues else None)
-    z = mx.random.normal((3, index.size), key=mx.random.key(0))
+    z = Vectors(mx.random.normal((3, index.size), key=mx.random.key(0)))
     branches = TwoSided().branches(index.initial_values(), z, 0.1)
     shares = TwoSided().shares(examples, 3)
     expected = make_loss(sparse, Head(whole.hidden, whole.logits))(branches, shares)
@@ -135,10 +135,12 @@ def test_a_limit_for_exact_gradients(smollm2: Path) -> None:
 
 
 def test_branches_hold_no_values_of_their_own(tiny: Path) -> None:
-    """Of K = 100,000 and 16 branches, what is held is the values and a byte for each direction and weight."""
+    """Of K = 100,000 and 16 branches, what is held is the values and a bit for each direction and weight."""
     values = mx.zeros(100_000)
-    z = mx.ones((8, 100_000), mx.int8)
-    mx.eval(values, z)
+    mx.eval(values)
+    before = mx.get_active_memory()
+    z = directions(0, 1, 8, 100_000)
+    assert mx.get_active_memory() - before < 1.1 * 100_000
     before = mx.get_active_memory()
     branches = TwoSided().branches(values, z, 1e-3)
     peak = peak_of(lambda: [mx.eval(branches.part(i, i + 1000)) for i in range(0, 100_000, 1000)])

@@ -50,7 +50,7 @@ def test_the_journal_alone_gives_the_values(tiny: Path, choice_data: Path, tmp_p
     assert [r.step for r in journal.records()] == [1, 2, 3, 4, 5, 6]
     values = np.array(read_index(tiny).initial_values(), np.float64)
     for record in journal.records():
-        z = np.array(estimator.directions(9, record.step, 2, len(values)), np.float64)
+        z = np.array(estimator.directions(9, record.step, 2, len(values)).part((0, 1), 0, len(values)), np.float64)
         values -= 1e-3 * 0.999 ** (record.step - 1) * (record.projected[:, None] * z).mean(axis=0)
     assert np.abs(values - _values(tmp_path / "a")).max() < 1e-6
 

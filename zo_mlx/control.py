@@ -125,7 +125,8 @@ class Control:
         """
         if not record.is_finite:
             return self._back(state)
-        count, total, squares = (state["window"] + mx.array([1.0, record.loss, record.loss**2])).tolist()  # type: ignore[misc]
+        count, total, squares = state["window"].tolist()
+        count, total, squares = count + 1, total + record.loss, squares + record.loss**2
         if count < WINDOW:
             return values, {**state, "window": mx.array([count, total, squares])}, False
         mean = total / count

@@ -27,7 +27,7 @@ _MOST_DIRECTIONS = 1 << 16
 _MOST_TRAINED = 1 << 32
 
 # Raised whenever the same journal would be replayed to other values: directions, update rule, schedules.
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)

@@ -107,10 +107,9 @@ def tokens_that_fit(
         As `_largest_that_fits`.
     """
     method = estimator.ESTIMATORS[config.estimator]
-    directions = filled(config.directions)
-    z = mx.ones((directions, values.size), mx.int8)
-    branches = method.branches(values, z, 1e-3)
-    size = len(method.shares([longest] * filled(config.batch_size), directions)[0])
+    directions = estimator.directions(config.seed, 1, filled(config.directions), values.size, config.law)
+    branches = method.branches(values, directions, 1e-3)
+    size = len(method.shares([longest] * filled(config.batch_size), len(directions))[0])
 
     def peak(rows: int) -> int:
         loss = make_loss(sparse, head, prefix, judge=judge)
@@ -207,13 +206,12 @@ def step(
     Returns:
         The new values and state, and the record from which `replay` gives them again.
     """
-    z = estimator.directions(config.seed, number, filled(config.directions), values.size, config.law, scale)
-    mx.eval(z)  # every layer reads its part of them
+    directions = estimator.directions(config.seed, number, filled(config.directions), values.size, config.law, scale)
     method, epsilon = estimator.ESTIMATORS[config.estimator], optimizer.epsilon(state)
-    losses = loss(method.branches(values, z, epsilon), method.shares(examples, len(z)))
+    losses = loss(method.branches(values, directions, epsilon), method.shares(examples, len(directions)))
     mean, slopes = method.slopes(losses, epsilon)
     record = Record(number, mean.item(), np.array(slopes))  # type: ignore[arg-type]
-    return *optimizer.apply(values, state, record, z), record
+    return *optimizer.apply(values, state, record, directions), record
 
 
 def exact_step(
@@ -242,8 +240,10 @@ def replay(
     """Repeat the updates of some consecutive steps from their records alone."""
     for record in records:
         if config.gradient == "exact":
-            z = None
+            directions = None
         else:
-            z = estimator.directions(config.seed, record.step, len(record.projected), values.size, config.law, scale)
-        values, state = optimizer.apply(values, state, record, z)
+            directions = estimator.directions(
+                config.seed, record.step, len(record.projected), values.size, config.law, scale
+            )
+        values, state = optimizer.apply(values, state, record, directions)
     return values, state
