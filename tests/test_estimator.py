@@ -48,7 +48,7 @@ def threefry(key: int, counters: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize(("count", "size"), [(1, 1), (7, 1001), (8, 64), (20, 333)])
 def test_directions_never_change_between_versions(count: int, size: int) -> None:
-    """A journal replays only if these bits stay what they are: written out here from docs/formats.md."""
+    """A journal replays only if these bits stay what they are: written out here from docs/journal.md."""
     packed = (7).to_bytes(8, "little") + (11).to_bytes(8, "little")
     key = int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
     rows = -(-count // 8)

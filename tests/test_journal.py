@@ -10,8 +10,8 @@ import pytest
 from zo_mlx.errors import UsageError
 from zo_mlx.journal import Journal, Record
 
-HEADER = {"config": {"seed": 3, "directions": 2}, "fingerprints": {"base_model": "ab"}}
-RECORD_SIZE = 8 + 4 + 2 * 4 + 4
+HEADER = {"config": {"seed": 3, "directions": 2}, "trained": [[0, 5]], "fingerprints": {"base_model": "ab"}}
+RECORD_SIZE = 8 + 4 + 4 + 4 + 2 * 4 + 4
 
 
 def _write(path: Path, count: int, header: dict[str, object] = HEADER) -> bytes:

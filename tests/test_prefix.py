@@ -212,5 +212,5 @@ def test_a_layer_outside_the_blocks_counts_as_after_the_last(tmp_path: Path) -> 
     model, _ = load_stock_model(write_hf_llama(tmp_path / "hf", tie_word_embeddings=False))
     tensor = SensitiveTensor(np.array([3], np.uint32), mx.zeros(1), np.ones(1, np.float32))
     sparse = SparseModel(model, SensitiveIndex({"lm_head": tensor}))
-    assert sparse.train_last(1, mx.zeros(1)).tolist() == [0]
+    assert sparse.train_last(1, mx.zeros(1)) == [(0, 1)]
     assert sparse.first_block == 3

@@ -1,4 +1,3 @@
-import json
 import shutil
 import subprocess
 import sys
@@ -79,30 +78,13 @@ def test_a_directory_in_use_is_refused(tiny: Path, choice_data: Path, tmp_path: 
     assert _train(tiny, choice_data, tmp_path / "a", iters=9, resume=True).iterations == 9
 
 
-def test_resuming_with_other_settings_or_files_is_refused(tiny: Path, choice_data: Path, tmp_path: Path) -> None:
+def test_resuming_with_other_settings_is_refused(tiny: Path, choice_data: Path, tmp_path: Path) -> None:
     out = tmp_path / "a"
     _train(tiny, choice_data, out)
     with pytest.raises(UsageError, match=r"keeps its settings: learning_rate was"):
         _train(tiny, choice_data, out, resume=True, learning_rate=0.5)
-    data = tmp_path / "data"
-    shutil.copytree(choice_data, data)
-    lines = (data / "train.jsonl").read_text().splitlines(keepends=True)
-    (data / "train.jsonl").write_text("".join(reversed(lines)))
-    with pytest.raises(UsageError, match=r"tokenized training set and train\.jsonl changed since it began"):
-        _train(tiny, data, out, resume=True)
-    with pytest.raises(UsageError, match="belongs to another run: tokenized training set changed"):
-        _train(_with_other_tokenizer(tiny, tmp_path / "m"), choice_data, out, resume=True)
     with pytest.raises(UsageError, match="holds no training run"):
         _train(tiny, choice_data, tmp_path / "none", resume=True)
-
-
-def _with_other_tokenizer(model: Path, copy: Path) -> Path:
-    shutil.copytree(model, copy)
-    content = json.loads((copy / "tokenizer.json").read_text())
-    vocabulary = content["model"]["vocab"]
-    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
-    (copy / "tokenizer.json").write_text(json.dumps(content))
-    return copy
 
 
 def test_settings_may_be_given_again_when_resuming(tiny: Path, choice_data: Path, tmp_path: Path) -> None:

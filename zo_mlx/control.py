@@ -95,7 +95,8 @@ class Control:
             anew = {"epsilon": mx.array(min(2 * epsilon, FARTHEST)), "seen": mx.array(0), "mean_square": mx.array(0.0)}
             return np.zeros_like(slopes), {**state, **anew}
         count = seen + len(slopes)
-        square += (float(np.mean(np.square(slopes, dtype=np.float64))) - square) * len(slopes) / count
+        # Exact sums, which do not depend on an order.
+        square += (math.fsum(s * s for s in slopes.tolist()) / len(slopes) - square) * len(slopes) / count
         new = {**state, "seen": mx.array(count), "mean_square": mx.array(square)}
         if seen < MEASURED <= count and square > 0 and not (self._jumps or self._fixed):
             new["epsilon"] = mx.array(DIFFERENCE / math.sqrt(square))

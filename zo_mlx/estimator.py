@@ -40,7 +40,7 @@ class Vectors:
         return len(self._z)
 
     def part(self, numbers: Sequence[int], start: int, end: int) -> mx.array:
-        return self._z[:, start:end][mx.array(numbers)]
+        return self._z[:, start:end][mx.array(list(numbers))]
 
     def mean(self, slopes: np.ndarray) -> mx.array:
         total = mx.zeros(self._z.shape[1])

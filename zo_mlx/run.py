@@ -3,13 +3,11 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict
-from itertools import islice
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from . import adapter, journal
 from .adapter import Best
@@ -19,14 +17,12 @@ from .blocks import BlockwiseModel
 from .config import TrainConfig, filled, resolved
 from .data import Dataset, load_dataset
 from .errors import Interrupted, UsageError, ZoError
-from .estimator import fisher_scale
 from .evaluate import Evaluation, evaluate_dataset
 from .exact import ExactGradient
 from .files import check_space, reporting_disk_errors, sha256
 from .head import split_head
-from .index import FILE_NAME as INDEX
 from .metric import CROSS_ENTROPY, Metric
-from .model import context_length, load_sparse
+from .model import context_length, fingerprints, load_sparse
 from .optimizer import Optimizer, State
 from .prefix import Prefix
 from .progress import Meter, Progress
@@ -35,12 +31,12 @@ from .step import (
     exact_step,
     exact_tokens_that_fit,
     make_loss,
-    replay,
     rows_of_step,
     step,
     tokens_of,
     tokens_that_fit,
 )  # fmt: skip
+from .trainable import Trainable
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -80,22 +76,21 @@ class Run:
         if self.judge:
             self.judge.check(self.head)
         self.sparse.check_branches()
-        self.model_prints = {"base_model": index.metadata["base_model"], "index": sha256(model / INDEX)}
-        self.prints = {
+        self.model_prints = fingerprints(model, index)
+        self.fingerprints = {
             **self.model_prints,
             "train.jsonl": sha256(data / "train.jsonl"),
             "tokenized training set": self.train_set.fingerprint(),  # tokenizer and chat template take part in it
         }
         if self.metric and self.metric.path:
-            self.prints["objective"] = sha256(self.metric.path)
+            self.fingerprints["objective"] = sha256(self.metric.path)
+        self.data_id = journal.data_id(self.fingerprints)
         self.batches = Batches(self.train_set.examples, self.batch_size, config.seed)
-        self.all_values = index.initial_values()
-        self.choose_blocks()
-        self.values = self.all_values[self.trained]
+        self.spans = self.choose_blocks(index.initial_values())
+        self.trainable = Trainable(index, self.spans, config.precondition)
+        self.values = self.trainable.initial
         if config.memory_limit is not None and config.tokens_at_once is None:
             config.tokens_at_once = self.tokens_that_fit(int(config.memory_limit * 1e9))
-        scores = np.concatenate([tensor.scores for tensor in index.tensors.values()])
-        self.scale = fisher_scale(mx.array(scores)[self.trained], config.precondition)
         self.optimizer = Optimizer(config, self.values)
         self.state = self.optimizer.state
         self.done = 0
@@ -111,8 +106,15 @@ class Run:
             self.warn(f"{path}: {dataset.truncated} sequences are longer than {self.longest} tokens and were cut")
         return dataset
 
-    def choose_blocks(self) -> None:
-        """Decide which blocks are trained, and whether those before are run apart (`has_prefix`)."""
+    def choose_blocks(self, values: mx.array) -> list[tuple[int, int]]:
+        """Decide which blocks are trained, and whether those before are run apart (`has_prefix`).
+
+        Args:
+            values: of all weights of the index.
+
+        Returns:
+            Where among them the trained ones are.
+        """
         config, count, exact = self.config, len(self.sparse.model.layers), self.config.gradient == "exact"
         self.blocks = None
         if (exact or config.num_layers != -1 or self.sparse.first_block > 0) and max(self.sparse.spans()) < count:
@@ -122,13 +124,14 @@ class Run:
             last = self.sparse.last_half()
             last = -1 if exact or not self.saves(last / count) else last
         config.num_layers = last
-        self.trained = mx.array(self.sparse.train_last(count if last == -1 else last, self.all_values))
+        spans = self.sparse.train_last(count if last == -1 else last, values)
         first = self.sparse.first_block
         if self.blocks is None and (exact or 0 < first < count):
             self.warn("the model's blocks are not a plain chain: a step computes, and holds, all of them at once")
         self.has_prefix = 0 < first < count and self.saves(1 - first / count)
         if config.cache_prefix and not self.has_prefix:
             self.warn("--cache-prefix has no effect: nothing is computed before what is trained that could be kept")
+        return spans
 
     def saves(self, trained: float) -> bool:
         """Whether a step takes less work if the blocks before the trained ones are run apart.
@@ -159,51 +162,11 @@ class Run:
 
     def start(self) -> None:
         """Begin a new run in the adapter directory, in place of any old one."""
-        header = {"config": asdict(self.config), "fingerprints": self.prints, "trained": self.values.size}
+        header = {"config": asdict(self.config), "fingerprints": self.fingerprints, "trained": self.spans}
         check_space(self.directory, self.config.iters * journal.record_size(header))
         with reporting_disk_errors(self.directory):
             adapter.remove_run(self.directory)
         self.journal = journal.Journal.create(self.directory / journal.FILE_NAME, header)
-
-    def resume(self, past: journal.Journal) -> None:
-        """Restore the state after a journal's last record: from a snapshot if there is one, and by replay.
-
-        Where the best values are lost, all is replayed, and validated again on the way.
-        """
-        recorded = past.header["fingerprints"]
-        if changed := [k for k in recorded.keys() | self.prints.keys() if recorded.get(k) != self.prints.get(k)]:
-            raise UsageError(
-                f"{past.path} belongs to another run: {' and '.join(sorted(changed))} changed since it began"
-            )
-        if past.header.get("trained") != self.values.size:
-            raise UsageError(f"{past.path} is of {past.header.get('trained')} trained weights, not {self.values.size}")
-        if past.damage:
-            self.warn(f"{past.damage}: going on after step {len(past)}; the whole journal is kept beside it")
-        check_space(self.directory, (self.config.iters - len(past)) * journal.record_size(past.header))
-        self.journal = past
-        best = adapter.read_best(self.directory, past.identity)
-        self.best = best if best and best.iteration <= len(past) else None
-        every = self.config.steps_per_eval
-        lost = range(every, len(past), every) if self.validates and self.best is None else ()
-        if not lost:
-            self.restore(past)
-        for number in [*lost, len(past)]:
-            some = islice(past.records(self.done), number - self.done)
-            self.values, self.state = replay(self.optimizer, self.values, self.state, some, self.config, self.scale)
-            self.done = number
-            if number in lost:
-                self.validate()
-
-    def restore(self, past: journal.Journal) -> None:
-        """Take the state of a snapshot of this run, if there is one."""
-        try:
-            snapshot = adapter.read_snapshot(self.directory)
-        except UsageError:
-            return  # the journal alone suffices
-        if snapshot.journal == past.identity and snapshot.step <= len(past):
-            state = adapter.read_optimizer_state(self.directory, snapshot, like=self.state)
-            if state is not None and snapshot.values.shape == self.all_values.shape:
-                self.values, self.state, self.done = snapshot.values[self.trained], state, snapshot.step
 
     def prefix(self, steps: int) -> Prefix | None:
         """What runs the blocks before the trained ones, for so many steps at once."""
@@ -228,7 +191,7 @@ class Run:
                 prefix.prepare(self.batches.of(number, steps))
             if config.gradient == "exact":
                 return exact_step(gradient, self.optimizer, self.values, self.state, examples, number)
-            return step(loss, self.optimizer, self.values, self.state, examples, number, config, self.scale)
+            return step(loss, self.optimizer, self.values, self.state, examples, number, config, self.trainable.scale)
 
         return take
 
@@ -268,7 +231,7 @@ class Run:
         return bool(patience and best and self.done >= best.iteration + patience * self.config.steps_per_eval)
 
     def snapshot(self, validation_loss: float | None = None) -> adapter.Snapshot:
-        values = mx.put_along_axis(self.all_values, self.trained, self.values, axis=0)
+        values = self.trainable.among_all(self.values)
         return adapter.Snapshot(self.done, self.journal.identity, self.model_prints, values, validation_loss)
 
     def save(self) -> None:
@@ -297,7 +260,7 @@ class Run:
                             f"the loss is not finite at step {number}: stopped; the state after step {self.done} "
                             f"is kept in {self.directory}. Try a smaller --learning-rate"
                         )
-                    self.journal.append(record)
+                    self.journal.append(replace(record, tokens_at_once=config.tokens_at_once or 0, data=self.data_id))
                     news = self.optimizer.news(self.state, state)
                     self.values, self.state, self.done = values, state, number
                     if news:
