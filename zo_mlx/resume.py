@@ -38,8 +38,8 @@ def resume(run: Run, past: Journal, changed_data: bool) -> None:
     others = {name: value for name, value in run.fingerprints.items() if name not in DATA}
     check_fingerprints(f"the journal {past.path}", past.header["fingerprints"], others)
     _check_data(run, past, changed_data)
-    if past.spans != run.spans:
-        raise UsageError(f"{past.path} is of other trained weights: those at {past.spans}, not {run.spans}")
+    if past.spans != run.depth.spans:
+        raise UsageError(f"{past.path} is of other trained weights: those at {past.spans}, not {run.depth.spans}")
     if past.damage:
         run.warn(f"{past.damage}: going on after step {len(past)}; the whole journal is kept beside it")
     check_space(run.directory, (run.config.iters - len(past)) * record_size(past.header))
@@ -49,7 +49,7 @@ def resume(run: Run, past: Journal, changed_data: bool) -> None:
     best = adapter.read_best(run.directory, past.identity)
     run.best = best if best and best.iteration <= len(past) else None
     every = run.config.steps_per_eval
-    lost = range(every, len(past), every) if run.validates and run.best is None else ()
+    lost = range(0, len(past), every) if run.validates and run.best is None else ()
     if not lost:
         _restore(run, past)
     for number in [*lost, len(past)]:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,29 +13,23 @@ from . import adapter, journal
 from .adapter import Best
 from .answers import Judge, longest_completion
 from .batches import Batches
-from .blocks import BlockwiseModel
 from .config import TrainConfig, filled, resolved
 from .data import Dataset, load_dataset
+from .depth import choose_depth
 from .errors import Interrupted, UsageError, ZoError
 from .evaluate import Evaluation, evaluate_dataset
 from .exact import ExactGradient
 from .files import check_space, reporting_disk_errors, sha256
 from .head import split_head
+from .interrupts import finished_first
+from .memory import OVERRUN, is_shortage
 from .metric import CROSS_ENTROPY, Metric
 from .model import context_length, fingerprints, load_sparse
 from .optimizer import Optimizer, State
 from .prefix import Prefix
 from .progress import Meter, Progress
 from .result import TrainResult
-from .step import (
-    exact_step,
-    exact_tokens_that_fit,
-    make_loss,
-    rows_of_step,
-    step,
-    tokens_of,
-    tokens_that_fit,
-)  # fmt: skip
+from .step import exact_step, exact_tokens_that_fit, make_loss, rows_of_step, step, tokens_of, tokens_that_fit
 from .trainable import Trainable
 
 Report = Callable[[dict[str, Any]], None]
@@ -86,14 +80,16 @@ class Run:
             self.fingerprints["objective"] = sha256(self.metric.path)
         self.data_id = journal.data_id(self.fingerprints)
         self.batches = Batches(self.train_set.examples, self.batch_size, config.seed)
-        self.spans = self.choose_blocks(index.initial_values())
-        self.trainable = Trainable(index, self.spans, config.precondition)
+        everything = index.initial_values()
+        self.depth = choose_depth(config, self.sparse, self.head, self.judge, self.train_set, everything, self.warn)
+        self.trainable = Trainable(index, self.depth.spans, config.precondition)
         self.values = self.trainable.initial
         if config.memory_limit is not None and config.tokens_at_once is None:
             config.tokens_at_once = self.tokens_that_fit(int(config.memory_limit * 1e9))
         self.optimizer = Optimizer(config, self.values)
         self.state = self.optimizer.state
         self.done = 0
+        self.is_smaller = False  # whether passes had to be made smaller
         self.best: Best | None = None
 
     def warn(self, message: str) -> None:
@@ -106,53 +102,13 @@ class Run:
             self.warn(f"{path}: {dataset.truncated} sequences are longer than {self.longest} tokens and were cut")
         return dataset
 
-    def choose_blocks(self, values: mx.array) -> list[tuple[int, int]]:
-        """Decide which blocks are trained, and whether those before are run apart (`has_prefix`).
-
-        Args:
-            values: of all weights of the index.
-
-        Returns:
-            Where among them the trained ones are.
-        """
-        config, count, exact = self.config, len(self.sparse.model.layers), self.config.gradient == "exact"
-        self.blocks = None
-        if (exact or config.num_layers != -1 or self.sparse.first_block > 0) and max(self.sparse.spans()) < count:
-            self.blocks = BlockwiseModel.of_chain(self.sparse.model)
-        last = config.num_layers
-        if last is None:  # as many as learn as much in a step; but fewer only where that saves work
-            last = self.sparse.last_half()
-            last = -1 if exact or not self.saves(last / count) else last
-        config.num_layers = last
-        spans = self.sparse.train_last(count if last == -1 else last, values)
-        first = self.sparse.first_block
-        if self.blocks is None and (exact or 0 < first < count):
-            self.warn("the model's blocks are not a plain chain: a step computes, and holds, all of them at once")
-        self.has_prefix = 0 < first < count and self.saves(1 - first / count)
-        if config.cache_prefix and not self.has_prefix:
-            self.warn("--cache-prefix has no effect: nothing is computed before what is trained that could be kept")
-        return spans
-
-    def saves(self, trained: float) -> bool:
-        """Whether a step takes less work if the blocks before the trained ones are run apart.
-
-        Else answers are generated, or the choices' rows go on from their prompts through all blocks, which for a share
-        u of the tokens takes about 1.5 u of the time.
-
-        Args:
-            trained: the share of the blocks that are trained.
-        """
-        if self.blocks is None or (self.judge and self.judge.generates):
-            return False
-        return self.config.gradient == "exact" or not self.head.continues or trained <= 1.5 * self.train_set.unshared
-
     def tokens_that_fit(self, limit: int) -> int:
         """How many tokens may go through the model together within a limit in bytes."""
         config, longest = self.config, max(self.train_set.examples, key=lambda e: e.length)
         prefix = self.prefix(1)
         room = limit - (prefix.cached_bytes if prefix else 0)
         if config.gradient == "exact":
-            gradient = ExactGradient(self.sparse, self.head, self.blocks, prefix)
+            gradient = ExactGradient(self.sparse, self.head, self.depth.blocks, prefix)
             fit, least = exact_tokens_that_fit(room, gradient, self.values, longest, self.batch_size, prefix)
         else:
             fit, least = tokens_that_fit(room, self.sparse, self.head, self.values, longest, config, prefix, self.judge)
@@ -162,7 +118,7 @@ class Run:
 
     def start(self) -> None:
         """Begin a new run in the adapter directory, in place of any old one."""
-        header = {"config": asdict(self.config), "fingerprints": self.fingerprints, "trained": self.spans}
+        header = {"config": asdict(self.config), "fingerprints": self.fingerprints, "trained": self.depth.spans}
         check_space(self.directory, self.config.iters * journal.record_size(header))
         with reporting_disk_errors(self.directory):
             adapter.remove_run(self.directory)
@@ -170,12 +126,12 @@ class Run:
 
     def prefix(self, steps: int) -> Prefix | None:
         """What runs the blocks before the trained ones, for so many steps at once."""
-        if not self.has_prefix:
+        if not self.depth.has_prefix:
             return None
-        assert self.blocks is not None
+        assert self.depth.blocks is not None
         groups = (self.batches.of(i + 1, steps) for i in range(0, self.batches.in_epoch, steps))
         size = int((self.config.cache_prefix or 0) * 1e9)
-        return Prefix(self.blocks, self.sparse.first_block, groups, size, self.config.tokens_at_once)
+        return Prefix(self.depth.blocks, self.sparse.first_block, groups, size, self.config.tokens_at_once)
 
     def step_function(self) -> Callable[[list[Any], int], tuple[mx.array, State, journal.Record]]:
         """What takes the next step: from examples and its number, to new values, new state, and its record."""
@@ -183,7 +139,7 @@ class Run:
         # As many rows as a step's branches have go through the first blocks together; where memory is short, a step's.
         steps = rows_of_step(config) // self.batch_size if config.tokens_at_once is None else 1
         prefix = self.prefix(steps)
-        gradient = ExactGradient(self.sparse, self.head, self.blocks, prefix, config.tokens_at_once)
+        gradient = ExactGradient(self.sparse, self.head, self.depth.blocks, prefix, config.tokens_at_once)
         loss = make_loss(self.sparse, self.head, prefix, config.tokens_at_once, self.judge)
 
         def take(examples: list[Any], number: int) -> tuple[mx.array, State, journal.Record]:
@@ -195,14 +151,60 @@ class Run:
 
         return take
 
+    def longest_row(self, examples: Sequence[Any]) -> int:
+        """The most tokens of an example."""
+        return max(tokens_of([[e]], self.head.continues, self.judge) for e in examples)
+
+    def make_smaller(self, examples: Sequence[Any], why: str) -> bool:
+        """Let half as many tokens go through the model together from now on; False if an example at a time does."""
+        row = self.longest_row(examples)
+        before = self.config.tokens_at_once or rows_of_step(self.config) * row
+        if before <= row:
+            return False
+        self.config.tokens_at_once = max(row, before // 2)
+        if not self.is_smaller:
+            self.warn(f"{why}: going on with {self.config.tokens_at_once} tokens at once, and fewer if need be")
+        self.is_smaller = True
+        self.take = self.step_function()
+        mx.clear_cache()
+        return True
+
+    def advance(self, number: int) -> tuple[journal.Record, list[Any]]:
+        """Take a step and write it to the journal, from when on it counts. Returns its record and its examples."""
+        examples = self.batches.of(number)
+        while True:
+            try:
+                values, state, record = self.take(examples, number)
+                mx.eval(values, state)
+                break
+            except (RuntimeError, MemoryError) as e:
+                if not (is_shortage(e) and self.make_smaller(examples, f"step {number} fails: {e}")):
+                    raise
+        if not (mx.isfinite(values).all() and (record.is_finite or self.optimizer.can_go_on(state))):
+            raise ZoError(
+                f"the loss is not finite at step {number}: stopped; the state after step {self.done} "
+                f"is kept in {self.directory}. Try a smaller --learning-rate"
+            )
+        record = replace(record, tokens_at_once=self.config.tokens_at_once or 0, data=self.data_id)
+        self.journal.append(record)
+        news = self.optimizer.news(self.state, state)
+        self.values, self.state, self.done = values, state, number
+        if news:
+            self.report({**news, "iteration": number})
+        return record, examples
+
     def evaluate(self, dataset: Dataset, batches: int) -> Evaluation:
         self.sparse.set_values(self.values[None])
-        size, tokens = rows_of_step(self.config), self.config.tokens_at_once
-        if tokens is not None:
-            longest = max(tokens_of([[e]], self.head.continues, self.judge) for e in dataset.examples)
-            size = max(1, min(size, tokens // longest))
         count = -1 if batches == -1 else batches * self.batch_size
-        return evaluate_dataset(self.head, dataset, size, count, self.progress, self.judge)
+        while True:
+            size, tokens = rows_of_step(self.config), self.config.tokens_at_once
+            if tokens is not None:
+                size = max(1, min(size, tokens // self.longest_row(dataset.examples)))
+            try:
+                return evaluate_dataset(self.head, dataset, size, count, self.progress, self.judge)
+            except (RuntimeError, MemoryError) as e:
+                if not (is_shortage(e) and self.make_smaller(dataset.examples, f"an evaluation fails: {e}")):
+                    raise
 
     @property
     def validates(self) -> bool:
@@ -214,7 +216,13 @@ class Run:
         if not self.validates:
             return None
         assert self.valid_set is not None
-        result = self.evaluate(self.valid_set, self.config.val_batches)
+        try:
+            result = self.evaluate(self.valid_set, self.config.val_batches)
+        except (ZoError, RuntimeError, MemoryError) as e:  # a look at the run must not be the end of it
+            self.warn(f"the validation after step {self.done} failed: {e}")
+            return None
+        if not math.isfinite(result.objective):
+            self.warn(f"the validation after step {self.done} gives {result.objective}")
         config, is_best = self.config, False
         # What a resumed run begins with is no validation that an uninterrupted one would have made.
         if self.done % config.steps_per_eval == 0 or self.done >= config.iters:
@@ -239,11 +247,18 @@ class Run:
 
     def go(self) -> TrainResult:
         """Train to the last step; save, evaluate and report on the way."""
+        try:
+            return self.steps()
+        except KeyboardInterrupt:
+            raise Interrupted(f"stopped after step {self.done}; go on with the same command and --resume") from None
+
+    def steps(self) -> TrainResult:
+        """`go`, where nobody interrupts it."""
         config = self.config
         weights = mx.get_active_memory()
         before = after = self.validate()
         mx.reset_peak_memory()
-        take = self.step_function()
+        self.take = self.step_function()
         meter = Meter()
         peak = 0
         try:
@@ -253,18 +268,8 @@ class Run:
                         self.report({"event": "stopped", "iteration": self.done, "patience": config.patience})
                         break
                     started = time.perf_counter()
-                    examples = self.batches.of(number)
-                    values, state, record = take(examples, number)
-                    if not (mx.isfinite(values).all() and (record.is_finite or self.optimizer.can_go_on(state))):
-                        raise ZoError(
-                            f"the loss is not finite at step {number}: stopped; the state after step {self.done} "
-                            f"is kept in {self.directory}. Try a smaller --learning-rate"
-                        )
-                    self.journal.append(replace(record, tokens_at_once=config.tokens_at_once or 0, data=self.data_id))
-                    news = self.optimizer.news(self.state, state)
-                    self.values, self.state, self.done = values, state, number
-                    if news:
-                        self.report({**news, "iteration": number})
+                    with finished_first():
+                        record, examples = self.advance(number)
                     meter.add(time.perf_counter() - started, record.loss, examples)
                     bar.advance()
                     if number % config.steps_per_report == 0 or number == config.iters:
@@ -275,15 +280,16 @@ class Run:
                         self.report(event)
                     if number % config.save_every == 0:
                         self.save()
+                    peak = max(peak, mx.get_peak_memory())
+                    if config.memory_limit and mx.get_peak_memory() > OVERRUN * config.memory_limit * 1e9:
+                        taken = f"a step took {mx.get_peak_memory() / 1e9:.3f} GB, more than --memory-limit"
+                        self.make_smaller(examples, taken)
+                        mx.reset_peak_memory()
                     if number % config.steps_per_eval == 0 or number == config.iters:
-                        peak = max(peak, mx.get_peak_memory())
                         after = self.validate()
                         mx.reset_peak_memory()
-        except KeyboardInterrupt:
-            raise Interrupted(f"stopped after step {self.done}; go on with the same command and --resume") from None
         finally:
             self.save()
-        peak = max(peak, mx.get_peak_memory())
         test = self.evaluate(self.test_set, config.test_batches) if self.test_set and config.test_batches else None
         if test:
             self.report({"event": "test", "iteration": self.done, **test.as_dict()})

@@ -41,7 +41,7 @@ def train(
     Raises:
         UsageError: wrong settings, model or data; a run is already in `adapter_path`, or not the one to resume.
         ZoError: the loss is not finite; a file cannot be written.
-        Interrupted: Ctrl-C; the run can be resumed.
+        Interrupted: Ctrl-C, which lets a step be finished, or twice, which does not; the run can be resumed.
     """
     if unknown := set(settings) - {f.name for f in fields(TrainConfig)}:
         raise UsageError(f"no such settings: {', '.join(sorted(unknown))}")
