@@ -77,9 +77,12 @@ def tiny_hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny(tiny_hf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model converted: 4 bits, 1% of the weights trainable. Read only."""
-    path = tmp_path_factory.mktemp("mlx") / "tiny"
+    return convert_tiny(tiny_hf, tmp_path_factory.mktemp("mlx") / "tiny")
+
+
+def convert_tiny(source: Path, path: Path) -> Path:
     zo_mlx.convert(
-        str(tiny_hf), str(path), density=0.01, q_group_size=32, num_samples=4, sequence_length=32, progress=False
+        str(source), str(path), density=0.01, q_group_size=32, num_samples=4, sequence_length=32, progress=False
     )
     return path
 
@@ -101,7 +104,11 @@ def write_jsonl(path: Path, records: list[dict[str, object]]) -> Path:
 
 @pytest.fixture(scope="session")
 def choice_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three splits of a task that a byte-level model can learn: does the word begin with a vowel?"""
+    return write_choice_data(tmp_path_factory.mktemp("data"))
+
+
+def write_choice_data(directory: Path) -> Path:
+    """Write three splits of a task that a byte-level model can learn: does the word begin with a vowel?"""
     words_text = "apple stone under river eagle table ivory candle orange lemon igloo forest angle mirror"
     words = words_text.split()
     records: list[dict[str, object]] = [
@@ -109,7 +116,6 @@ def choice_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i in range(3)
         for w in words
     ]
-    directory = tmp_path_factory.mktemp("data")
     for split, part in (("train", records[:28]), ("valid", records[28:36]), ("test", records[36:])):
         write_jsonl(directory / f"{split}.jsonl", part)
     return directory

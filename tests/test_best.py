@@ -13,7 +13,7 @@ from zo_mlx.adapter import BEST
 from zo_mlx.errors import Interrupted, UsageError
 from zo_mlx.journal import Journal
 
-SETTINGS = {"iters": 16, "learning_rate": 1e-3, "seed": 2}
+SETTINGS = {"iters": 16, "learning_rate": 1e-3, "seed": 8}
 
 
 def test_the_best_values_are_an_adapter_of_their_own(tiny: Path, choice_data: Path, tmp_path: Path) -> None:
@@ -39,6 +39,19 @@ def test_a_resumed_run_keeps_the_best_of_both_parts(tiny: Path, choice_data: Pat
     assert (_values(tmp_path / "a" / BEST) == _values(tmp_path / "whole" / BEST)).all()
     _train(tiny, choice_data, tmp_path / "a", overwrite=True, **{**SETTINGS, "val_batches": 0})
     assert not list((tmp_path / "a" / BEST).iterdir())
+
+
+@pytest.mark.parametrize(("seed", "best"), [(8, 8), (4, 0)])
+def test_lost_best_values_are_found_again(seed: int, best: int, tiny: Path, choice_data: Path, tmp_path: Path) -> None:
+    """Not only those of the validations to come, which here are worse."""
+    whole = _train(tiny, choice_data, tmp_path / "a", **{**SETTINGS, "seed": seed})
+    assert whole.best is not None
+    assert whole.best.iteration == best
+    values = _values(tmp_path / "a" / BEST)
+    (tmp_path / "a" / BEST / "values.safetensors").unlink()
+    again = _train(tiny, choice_data, tmp_path / "a", resume=True)
+    assert again.best == whole.best
+    assert (_values(tmp_path / "a" / BEST) == values).all()
 
 
 def test_patience_stops_a_run_that_gets_no_better(tiny: Path, choice_data: Path, tmp_path: Path) -> None:

@@ -7,30 +7,80 @@ import pytest
 from zo_mlx import estimator
 
 
+def _vectors(found: estimator.Directions, size: int) -> np.ndarray:
+    return np.array(found.part([*range(len(found))], 0, size)).astype(np.float32)
+
+
+def _signs(seed: int, step: int, count: int, size: int) -> np.ndarray:
+    return _vectors(estimator.directions(seed, step, count, size), size)
+
+
 def test_directions_are_signs_and_depend_on_seed_step_and_number() -> None:
-    z = np.array(estimator.directions(seed=1, step=2, count=3, size=1000))
-    assert z.shape == (3, 1000)
-    assert set(np.unique(z)) == {-1.0, 1.0}
-    assert abs(z.mean()) < 0.1
-    again = np.array(estimator.directions(1, 2, 3, 1000))
-    assert (z == again).all()
-    others = [estimator.directions(0, 2, 1, 1000), estimator.directions(1, 3, 1, 1000), z[1:2], z[2:3]]
-    for other in others:
-        assert abs((np.array(other)[0] * z[0]).mean()) < 0.15  # independent, not equal or opposite
+    z = _signs(1, 2, 19, 1000)
+    assert z.shape == (19, 1000)
+    assert set(np.unique(z)) == {-1, 1}
+    products = z @ z.T / 1000 - np.eye(19)
+    assert np.abs(products).max() < 0.15  # independent, not equal or opposite
+    assert np.abs(z.mean(axis=1)).max() < 0.15
+    assert np.abs(z.mean(axis=0)).max() < 1
+    assert (z == _signs(1, 2, 19, 1000)).all()
+    for other in (_signs(0, 2, 1, 1000), _signs(1, 3, 1, 1000)):
+        assert abs((other[0] * z[0]).mean()) < 0.15
 
 
-def test_directions_never_change_between_versions() -> None:
-    """A journal replays only if these bits stay what they are: written out here from docs/formats.md."""
-    packed = (7).to_bytes(8, "little") + (11).to_bytes(8, "little") + (1).to_bytes(8, "little")
-    key = mx.random.key(int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little"))
-    expected = np.where(np.array(mx.random.bernoulli(0.5, (32,), key=key)), 1.0, -1.0)
-    z = np.array(estimator.directions(seed=7, step=11, count=2, size=32))[1]
-    assert (z == expected).all()
-    first = np.array(estimator.directions(7, 11, 1, 32))[0]
-    assert "".join("+" if s > 0 else "-" for s in first) == GOLDEN, "MLX's generator changed"
+def test_parts_are_parts_of_the_whole() -> None:
+    found = estimator.directions(1, 2, 11, 100)
+    assert np.array_equal(np.array(found.part((9, 0, 9), 30, 50)), _signs(1, 2, 11, 100)[[9, 0, 9], 30:50])
 
 
-GOLDEN = "+-+-++-+++++++-+----++---++++++-"
+def threefry(key: int, counters: np.ndarray) -> np.ndarray:
+    """Threefry-2x32 of 20 rounds (Salmon et al. 2011), here to need no MLX: (2, n) uint32 to as many random words."""
+    halves = np.array([key >> 32, key & 0xFFFFFFFF], np.uint32)
+    schedule = [*halves, halves[0] ^ halves[1] ^ np.uint32(0x1BD11BDA)]
+    a, b = counters + halves[:, None]
+    for block in range(5):
+        for turn in ((13, 15, 26, 6), (17, 29, 16, 24))[block % 2]:
+            a = a + b
+            b = (b << np.uint32(turn) | b >> np.uint32(32 - turn)) ^ a
+        a, b = a + schedule[(block + 1) % 3], b + schedule[(block + 2) % 3] + np.uint32(block + 1)
+    return np.stack([a, b])
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, 1), (7, 1001), (8, 64), (20, 333)])
+def test_directions_never_change_between_versions(count: int, size: int) -> None:
+    """A journal replays only if these bits stay what they are: written out here from docs/journal.md."""
+    packed = (7).to_bytes(8, "little") + (11).to_bytes(8, "little")
+    key = int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
+    rows = -(-count // 8)
+    n = -(-rows * size // 8)
+    words = threefry(key, np.arange(2 * n, dtype=np.uint32).reshape(2, n))
+    content = np.frombuffer(words.astype("<u4").tobytes(), np.uint8)[: rows * size].reshape(rows, size)
+    expected = [[1 if content[d // 8, k] >> d % 8 & 1 else -1 for k in range(size)] for d in range(count)]
+    assert np.array_equal(_signs(7, 11, count, size), expected)
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 20])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_mean_of_signs_is_that_of_slopes_times_signs_bit_by_bit(count: int, scaled: bool) -> None:
+    rng = np.random.default_rng(count)
+    slopes = (rng.normal(size=count) * 10.0 ** rng.integers(-3, 3, count)).astype(np.float32)
+    scale = rng.random(500).astype(np.float32)
+    z = _signs(3, 5, count, 500)
+    rows = []
+    for first in range(0, count, 8):
+        total = np.zeros(500, np.float32)
+        for d in range(first, min(first + 8, count)):
+            total = total + slopes[d] * z[d]
+        rows.append(total / np.float32(count))
+    expected = rows[0]
+    for row in rows[1:]:
+        expected = expected + row
+    found = estimator.directions(3, 5, count, 500, scale=mx.array(scale) if scaled else None)
+    assert np.array_equal(np.array(found.mean(slopes)), expected * scale if scaled else expected)
+    exact = (slopes.astype(np.float64)[:, None] * _vectors(found, 500)).mean(axis=0)
+    assert np.allclose(np.array(found.mean(slopes)), exact, rtol=1e-5, atol=1e-5 * np.abs(slopes).max())
+    same = estimator.Vectors(mx.array(_vectors(found, 500))).mean(slopes)
+    assert np.allclose(np.array(same), exact, rtol=1e-5, atol=1e-5 * np.abs(slopes).max())
 
 
 @pytest.mark.parametrize("name", ["one-sided", "two-sided"])
@@ -45,7 +95,7 @@ def test_estimates_on_a_quadratic_average_to_the_gradient(name: str) -> None:
     branches = np.array(method.branches(mx.array(at.astype(np.float32)), z, epsilon).part(0, 6), np.float64)
     losses = 0.5 * np.einsum("pi,ij,pj->p", branches, hessian, branches) + branches @ linear
     loss, slopes = method.slopes(mx.array(losses.astype(np.float32)), epsilon)
-    estimate = np.array(estimator.gradient_estimate(slopes, z))
+    estimate = np.array(z.mean(np.array(slopes)))
 
     gradient = hessian @ at + linear
     # Every coordinate has a standard error of at most |gradient| / sqrt(count); one side adds half of epsilon z H z.
@@ -56,7 +106,7 @@ def test_estimates_on_a_quadratic_average_to_the_gradient(name: str) -> None:
 
 
 def test_branches_lie_epsilon_to_both_sides_or_ahead() -> None:
-    values, z = mx.array([1.0, 2.0]), mx.array([[1, -1], [-1, -1]], mx.int8)
+    values, z = mx.array([1.0, 2.0]), estimator.Vectors(mx.array([[1, -1], [-1, -1]], mx.int8))
     branches = estimator.TwoSided().branches(values, z, 0.5)
     expected = np.array([[1.5, 1.5], [0.5, 2.5], [0.5, 1.5], [1.5, 2.5]])
     assert np.array_equal(np.array(branches.part(0, 2)), expected)
@@ -71,13 +121,14 @@ def test_two_sides_divide_the_examples_and_one_side_shares_them() -> None:
 
 
 def test_gaussian_directions_are_normal_and_scales_apply() -> None:
-    z = np.array(estimator.directions(3, 1, 4, 20_000, "gaussian"))
+    z = _vectors(estimator.directions(3, 1, 4, 20_000, "gaussian"), 20_000)
     assert abs(z.mean()) < 0.02
     assert abs(z.var() - 1) < 0.02
     assert abs((z**4).mean() - 3) < 0.2
     scale = mx.array(np.linspace(0, 2, 50).astype(np.float32))
-    signs = np.array(estimator.directions(3, 1, 4, 50))
-    assert np.array_equal(np.array(estimator.directions(3, 1, 4, 50, scale=scale)), signs * np.array(scale))
+    for law in estimator.LAWS:
+        plain, scaled = (_vectors(estimator.directions(3, 1, 4, 50, law, s), 50) for s in (None, scale))
+        assert np.array_equal(scaled, plain * np.array(scale))
 
 
 def test_the_scale_is_a_power_of_the_scores() -> None:

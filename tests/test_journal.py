@@ -10,8 +10,8 @@ import pytest
 from zo_mlx.errors import UsageError
 from zo_mlx.journal import Journal, Record
 
-HEADER = {"config": {"seed": 3, "directions": 2}, "fingerprints": {"base_model": "ab"}}
-RECORD_SIZE = 8 + 4 + 2 * 4 + 4
+HEADER = {"config": {"seed": 3, "directions": 2}, "trained": [[0, 5]], "fingerprints": {"base_model": "ab"}}
+RECORD_SIZE = 8 + 4 + 4 + 4 + 2 * 4 + 4
 
 
 def _write(path: Path, count: int, header: dict[str, object] = HEADER) -> bytes:
@@ -24,7 +24,7 @@ def _write(path: Path, count: int, header: dict[str, object] = HEADER) -> bytes:
 def test_what_is_appended_is_read_back(tmp_path: Path) -> None:
     content = _write(tmp_path / "journal", 3)
     journal = Journal.read(tmp_path / "journal")
-    assert journal.header == {**HEADER, "version": 1}
+    assert journal.header == {**HEADER, "version": 2}
     assert [(r.step, r.loss, r.projected.tolist()) for r in journal.records()] == [
         (1, 0.5, [1, -1]),
         (2, 1.0, [2, -2]),
@@ -69,6 +69,17 @@ def test_any_changed_byte_is_detected(tmp_path: Path) -> None:
                 Journal.read(tmp_path / "bad")
 
 
+def test_a_damaged_journal_can_be_cut_and_is_kept(tmp_path: Path) -> None:
+    content = bytearray(_write(tmp_path / "journal", 4))
+    start = len(content) - 4 * RECORD_SIZE
+    content[start + RECORD_SIZE + 5] ^= 1
+    (tmp_path / "journal").write_bytes(content)
+    with Journal.read(tmp_path / "journal", cut=True).open():
+        pass
+    assert (tmp_path / "journal").read_bytes() == content[: start + RECORD_SIZE]
+    assert (tmp_path / "journal.damaged-at-2").read_bytes() == content
+
+
 def test_records_of_another_run_are_not_taken(tmp_path: Path) -> None:
     ours, theirs = (
         _write(tmp_path / "a", 2),
@@ -86,14 +97,14 @@ def _write_header(path: Path, header: object) -> None:
 
 @pytest.mark.parametrize("directions", [0, -1, True, "2", 2.0, 1e999, 10**9, None])
 def test_headers_with_absurd_directions_are_refused(directions: object, tmp_path: Path) -> None:
-    _write_header(tmp_path / "journal", {**HEADER, "version": 1, "config": {"directions": directions}})
+    _write_header(tmp_path / "journal", {**HEADER, "version": 2, "config": {"directions": directions}})
     with pytest.raises(UsageError, match="its header is not one of zo-mlx"):
         Journal.read(tmp_path / "journal")
 
 
 @pytest.mark.parametrize(
     "header",
-    [[], {}, {"version": 1}, {**HEADER, "config": 1}, {**HEADER, "fingerprints": {}}, {**HEADER, "fingerprints": [1]}],
+    [[], {}, {"version": 2}, {**HEADER, "config": 1}, {**HEADER, "fingerprints": {}}, {**HEADER, "fingerprints": [1]}],
 )
 def test_headers_of_something_else_are_refused(header: object, tmp_path: Path) -> None:
     _write_header(tmp_path / "journal", header)
@@ -102,8 +113,8 @@ def test_headers_of_something_else_are_refused(header: object, tmp_path: Path) -
 
 
 def test_a_journal_that_would_replay_differently_is_refused(tmp_path: Path) -> None:
-    _write_header(tmp_path / "journal", {**HEADER, "version": 2})
-    with pytest.raises(UsageError, match="has version 2, this zo-mlx replays version 1"):
+    _write_header(tmp_path / "journal", {**HEADER, "version": 1})
+    with pytest.raises(UsageError, match="has version 1, this zo-mlx replays version 2"):
         Journal.read(tmp_path / "journal")
 
 

@@ -14,7 +14,7 @@ from zo_mlx.blocks import BlockwiseModel
 from zo_mlx.config import TrainConfig
 from zo_mlx.data import Example, load_dataset
 from zo_mlx.errors import Interrupted, UsageError
-from zo_mlx.estimator import TwoSided
+from zo_mlx.estimator import TwoSided, Vectors
 from zo_mlx.head import split_head
 from zo_mlx.index import SensitiveIndex, SensitiveTensor, read_index
 from zo_mlx.journal import Journal
@@ -50,7 +50,7 @@ def test_losses_are_those_of_the_whole_model(
     sparse.stackable = stackable
     head = split_head(sparse.model)
     sparse.train_last(blocks, index.initial_values())
-    z = mx.random.normal((4, sparse.size), key=mx.random.key(0))
+    z = Vectors(mx.random.normal((4, sparse.size), key=mx.random.key(0)))
     values = TwoSided().branches(mx.zeros(sparse.size), z, 0.1)
     examples = _examples(spread, choice_data)
     shares = TwoSided().shares(examples, 4)
@@ -81,7 +81,7 @@ def test_the_first_blocks_run_once_for_all_branches_and_steps_they_are_prepared_
 
     monkeypatch.setattr(kind, "__call__", spy)
     examples = _examples(spread, choice_data)
-    values = TwoSided().branches(mx.zeros(sparse.size), mx.ones((2, sparse.size), mx.int8), 0.1)
+    values = TwoSided().branches(mx.zeros(sparse.size), Vectors(mx.ones((2, sparse.size), mx.int8)), 0.1)
     head, blocks = split_head(sparse.model), BlockwiseModel(sparse.model)
     token = 4 * 64  # bytes of what goes into a block
     few = token * sum(len(row) for e in examples[:4] for row in e.rows)
@@ -212,5 +212,5 @@ def test_a_layer_outside_the_blocks_counts_as_after_the_last(tmp_path: Path) -> 
     model, _ = load_stock_model(write_hf_llama(tmp_path / "hf", tie_word_embeddings=False))
     tensor = SensitiveTensor(np.array([3], np.uint32), mx.zeros(1), np.ones(1, np.float32))
     sparse = SparseModel(model, SensitiveIndex({"lm_head": tensor}))
-    assert sparse.train_last(1, mx.zeros(1)).tolist() == [0]
+    assert sparse.train_last(1, mx.zeros(1)) == [(0, 1)]
     assert sparse.first_block == 3

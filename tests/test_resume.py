@@ -1,7 +1,4 @@
-import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,30 +76,13 @@ def test_a_directory_in_use_is_refused(tiny: Path, choice_data: Path, tmp_path: 
     assert _train(tiny, choice_data, tmp_path / "a", iters=9, resume=True).iterations == 9
 
 
-def test_resuming_with_other_settings_or_files_is_refused(tiny: Path, choice_data: Path, tmp_path: Path) -> None:
+def test_resuming_with_other_settings_is_refused(tiny: Path, choice_data: Path, tmp_path: Path) -> None:
     out = tmp_path / "a"
     _train(tiny, choice_data, out)
     with pytest.raises(UsageError, match=r"keeps its settings: learning_rate was"):
         _train(tiny, choice_data, out, resume=True, learning_rate=0.5)
-    data = tmp_path / "data"
-    shutil.copytree(choice_data, data)
-    lines = (data / "train.jsonl").read_text().splitlines(keepends=True)
-    (data / "train.jsonl").write_text("".join(reversed(lines)))
-    with pytest.raises(UsageError, match=r"tokenized training set and train\.jsonl changed since it began"):
-        _train(tiny, data, out, resume=True)
-    with pytest.raises(UsageError, match="belongs to another run: tokenized training set changed"):
-        _train(_with_other_tokenizer(tiny, tmp_path / "m"), choice_data, out, resume=True)
     with pytest.raises(UsageError, match="holds no training run"):
         _train(tiny, choice_data, tmp_path / "none", resume=True)
-
-
-def _with_other_tokenizer(model: Path, copy: Path) -> Path:
-    shutil.copytree(model, copy)
-    content = json.loads((copy / "tokenizer.json").read_text())
-    vocabulary = content["model"]["vocab"]
-    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
-    (copy / "tokenizer.json").write_text(json.dumps(content))
-    return copy
 
 
 def test_settings_may_be_given_again_when_resuming(tiny: Path, choice_data: Path, tmp_path: Path) -> None:
@@ -128,38 +108,6 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tiny: Path, choice_dat
     _train(tiny, choice_data, tmp_path / "whole")
     with pytest.raises(Interrupted, match="stopped after step 2; go on with the same command and --resume"):
         _train(tiny, choice_data, tmp_path / "a", report=_interrupt_at(2), steps_per_report=1)
-    _train(tiny, choice_data, tmp_path / "a", resume=True)
-    assert (_values(tmp_path / "a") == _values(tmp_path / "whole")).all()
-
-
-KILLED = """
-import zo_mlx, os, signal, sys
-from zo_mlx.cli import main
-from zo_mlx.journal import Journal
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
-append, step, how = Journal.append, int(sys.argv[1]), getattr(signal, sys.argv[2])
-def killing_append(journal, record):
-    if record.step == step:
-        os.kill(os.getpid(), how)
-    append(journal, record)
-Journal.append = killing_append
-sys.exit(main(sys.argv[3:]))
-"""
-
-
-@pytest.mark.parametrize(("how", "code"), [("SIGKILL", -9), ("SIGTERM", 130), ("SIGINT", 130)])
-def test_a_killed_run_goes_on_as_if_it_had_not_been(
-    how: str, code: int, tiny: Path, choice_data: Path, tmp_path: Path
-) -> None:
-    _train(tiny, choice_data, tmp_path / "whole")
-    flags = {k: v for k, v in FAST.items() if k != "progress"} | {"model": tiny, "data": choice_data}
-    words = [w for k, v in flags.items() for w in (f"--{k.replace('_', '-')}", str(v))]
-    command = [sys.executable, "-c", KILLED, "5", how, "train", *words, "--adapter-path", str(tmp_path / "a")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    assert code == -9 or "go on with the same command and --resume" in done.stderr
-    assert len(Journal.read(tmp_path / "a/journal")) == 4
     _train(tiny, choice_data, tmp_path / "a", resume=True)
     assert (_values(tmp_path / "a") == _values(tmp_path / "whole")).all()
 

@@ -55,7 +55,7 @@ def test_three_steps_equal_the_same_steps_in_numpy(optimizer: str) -> None:
         values, state, record = step(_loss, update, values, state, EXAMPLES, number, config)
 
         rate = 1e-3 * 0.999 ** (number - 1)
-        z = np.array(estimator.directions(5, number, 2, 50), np.float64)
+        z = np.array(estimator.directions(5, number, 2, 50).part((0, 1), 0, 50), np.float64)
         shares = [EXAMPLES[0::2], EXAMPLES[1::2]]
         plus, minus = _losses_of(expected + 1e-2 * z, shares), _losses_of(expected - 1e-2 * z, shares)
         projected = (plus - minus) / 2e-2
@@ -102,7 +102,7 @@ def test_each_direction_gets_its_share_of_the_batch_and_both_its_branches_the_sa
     sparse, tokenizer, index, _ = load_sparse(tiny)
     head = split_head(sparse.model)
     examples = load_dataset(choice_data / "train.jsonl", tokenizer, 100).examples[:12]
-    z = mx.random.normal((3, index.size), key=mx.random.key(0))
+    z = estimator.Vectors(mx.random.normal((3, index.size), key=mx.random.key(0)))
     branches = estimator.TwoSided().branches(index.initial_values(), z, 0.1)
     losses = make_loss(sparse, head)(branches, estimator.TwoSided().shares(examples, 3))
     values = branches.part(0, index.size)

@@ -50,20 +50,15 @@ def test_the_journal_alone_gives_the_values(tiny: Path, choice_data: Path, tmp_p
     assert [r.step for r in journal.records()] == [1, 2, 3, 4, 5, 6]
     values = np.array(read_index(tiny).initial_values(), np.float64)
     for record in journal.records():
-        z = np.array(estimator.directions(9, record.step, 2, len(values)), np.float64)
+        z = np.array(estimator.directions(9, record.step, 2, len(values)).part((0, 1), 0, len(values)), np.float64)
         values -= 1e-3 * 0.999 ** (record.step - 1) * (record.projected[:, None] * z).mean(axis=0)
     assert np.abs(values - _values(tmp_path / "a")).max() < 1e-6
 
 
-def test_an_index_or_adapter_of_another_model_is_refused(
-    tiny: Path, tiny_hf: Path, choice_data: Path, tmp_path: Path
-) -> None:
+def test_an_index_of_another_model_is_refused(tiny: Path, tiny_hf: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     settings = {"density": 0.01, "q_group_size": 32, "num_samples": 4, "sequence_length": 32, "progress": False}
     zo_mlx.convert(str(tiny_hf), str(other), **{**settings, "q_bits": 8})
-    _train(tiny, choice_data, tmp_path / "a")
-    with pytest.raises(UsageError, match="was trained on another model: base_model and index differs"):
-        zo_mlx.load(other, tmp_path / "a")
     shutil.copy(tiny / FILE_NAME, other)
     with pytest.raises(UsageError, match="belongs to another model"):
         load_sparse(other)

@@ -13,6 +13,7 @@ from .errors import UsageError, ZoError
 from .evaluate import Evaluation, evaluate
 from .generate import generate
 from .model import load
+from .replay import Replay, replay
 from .result import TrainResult
 from .seeds import SeedsResult, train_seeds
 from .train import train
@@ -20,6 +21,7 @@ from .train import train
 __all__ = [
     "Conversion",
     "Evaluation",
+    "Replay",
     "SeedsResult",
     "TrainConfig",
     "TrainResult",
@@ -29,6 +31,7 @@ __all__ = [
     "evaluate",
     "generate",
     "load",
+    "replay",
     "train",
     "train_seeds",
 ]

@@ -5,6 +5,8 @@ same step, a resume replays the journal from the start. `best/` is an adapter of
 validation loss.
 """
 
+import hashlib
+import json
 import re
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +24,7 @@ VALUES = "values.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 BEST = "best"
 FORMAT = "zo-mlx-values"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -101,11 +103,14 @@ def read_snapshot(directory: Path) -> Snapshot:
     if not directory.is_dir():
         raise UsageError(f"no such adapter: {directory} is not a directory")
     path = directory / VALUES
-    arrays, metadata = _load(path)
+    try:
+        arrays, metadata = _load(path)
+    except UsageError as e:
+        raise UsageError(f"{e}; from its journal, zo-mlx replay or zo-mlx train --resume make it again") from None
     values = arrays.get("values")
     if values is None or values.ndim != 1 or values.dtype != mx.float32 or not mx.isfinite(values).all().item():
         raise UsageError(f"{path} is damaged: it must hold one finite float32 vector named values")
-    own = ("format", "version", "step", "journal", "validation_loss")
+    own = ("format", "version", "step", "journal", "validation_loss", "sha256")
     prints = {k: v for k, v in metadata.items() if k not in own}
     try:
         loss = float(metadata["validation_loss"]) if "validation_loss" in metadata else None
@@ -137,7 +142,7 @@ def _form(arrays: dict[str, mx.array]) -> dict[str, Any]:
 
 
 def _save(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str]) -> None:
-    mx.save_safetensors(str(path), arrays, metadata)
+    mx.save_safetensors(str(path), arrays, {**metadata, "sha256": _checksum(arrays, metadata)})
 
 
 def _load(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
@@ -147,4 +152,15 @@ def _load(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
         raise UsageError(f"{path} is not part of a zo-mlx adapter: its metadata lacks format = {FORMAT}")
     if metadata.get("version") != str(VERSION):
         raise UsageError(f"{path} has version {metadata.get('version')}, this zo-mlx reads version {VERSION}")
+    if metadata.get("sha256") != _checksum(arrays, {k: v for k, v in metadata.items() if k != "sha256"}):
+        raise UsageError(f"{path} is damaged: it fails its checksum")
     return arrays, metadata
+
+
+def _checksum(arrays: dict[str, mx.array], metadata: dict[str, str]) -> str:
+    """Of what a file holds: safetensors have no checksum, and a flipped bit mostly leaves a finite number."""
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name in sorted(arrays):
+        digest.update(name.encode())
+        digest.update(memoryview(arrays[name].reshape(-1).view(mx.uint8)))  # type: ignore[arg-type]
+    return digest.hexdigest()

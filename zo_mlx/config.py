@@ -129,6 +129,15 @@ class TrainConfig:
     test: bool = _setting(False, "Evaluate on the test set after training.")
     test_batches: int = _setting(-1, "Test batches, -1 for the whole test set.", least=-1)
 
+    @classmethod
+    def recorded(cls, settings: dict[str, Any], **changes: Any) -> "TrainConfig":
+        """From the `config` of a journal, with changes. Raises UsageError for one that is not this version's."""
+        if set(settings) != {f.name for f in dataclasses.fields(cls)}:
+            raise UsageError("the run was made by another version of zo-mlx: its settings are not this one's")
+        config = cls(**{**settings, **changes})
+        config.check()
+        return config
+
     def check(self) -> None:
         """Raise UsageError for the first setting that is of the wrong type, or out of range.
 

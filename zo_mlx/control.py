@@ -95,7 +95,8 @@ class Control:
             anew = {"epsilon": mx.array(min(2 * epsilon, FARTHEST)), "seen": mx.array(0), "mean_square": mx.array(0.0)}
             return np.zeros_like(slopes), {**state, **anew}
         count = seen + len(slopes)
-        square += (float(np.mean(np.square(slopes, dtype=np.float64))) - square) * len(slopes) / count
+        # Exact sums, which do not depend on an order.
+        square += (math.fsum(s * s for s in slopes.tolist()) / len(slopes) - square) * len(slopes) / count
         new = {**state, "seen": mx.array(count), "mean_square": mx.array(square)}
         if seen < MEASURED <= count and square > 0 and not (self._jumps or self._fixed):
             new["epsilon"] = mx.array(DIFFERENCE / math.sqrt(square))
@@ -125,7 +126,8 @@ class Control:
         """
         if not record.is_finite:
             return self._back(state)
-        count, total, squares = (state["window"] + mx.array([1.0, record.loss, record.loss**2])).tolist()  # type: ignore[misc]
+        count, total, squares = state["window"].tolist()
+        count, total, squares = count + 1, total + record.loss, squares + record.loss**2
         if count < WINDOW:
             return values, {**state, "window": mx.array([count, total, squares])}, False
         mean = total / count

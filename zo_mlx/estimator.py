@@ -1,5 +1,6 @@
 """Directions, the branches along them, and projected gradients."""
 
+import functools
 import hashlib
 import struct
 from collections.abc import Callable, Sequence
@@ -7,12 +8,90 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import mlx.core as mx
+import numpy as np
 
 
-def key(seed: int, step: int, direction: int) -> mx.array:
-    """The random key of one direction of one step of one run: BLAKE2b of the three numbers, 64 bits."""
-    packed = struct.pack("<QQQ", seed, step, direction)
+def key(*numbers: int) -> mx.array:
+    """A random key from some numbers: their BLAKE2b, 64 bits."""
+    packed = struct.pack(f"<{len(numbers)}Q", *numbers)
     return mx.random.key(int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little"))
+
+
+class Directions(Protocol):
+    """The q directions of a step: vectors of K numbers, of which only parts and the weighted mean are ever made."""
+
+    def __len__(self) -> int:
+        """q."""
+
+    def part(self, numbers: Sequence[int], start: int, end: int) -> mx.array:
+        """From `start` to `end`, the directions with some numbers, of which there are P: (P, end - start)."""
+
+    def mean(self, slopes: np.ndarray) -> mx.array:
+        """The gradient estimate: the mean over directions of (q,) float32 slope times direction, (K,) float32."""
+
+
+class Vectors:
+    """Directions that are held as they are: (q, K)."""
+
+    def __init__(self, z: mx.array):
+        self._z = z
+
+    def __len__(self) -> int:
+        return len(self._z)
+
+    def part(self, numbers: Sequence[int], start: int, end: int) -> mx.array:
+        return self._z[:, start:end][mx.array(list(numbers))]
+
+    def mean(self, slopes: np.ndarray) -> mx.array:
+        total = mx.zeros(self._z.shape[1])
+        for slope, direction in zip(slopes.tolist(), self._z, strict=True):  # memory for K, not for q K
+            total = total + slope * direction
+        return total / len(self._z)
+
+
+class Signs:
+    """Directions of +-1, a bit each: for every weight, a byte has the signs of 8 directions, 1 for +1.
+
+    So the mean takes one look into a table of 256 sums for 8 directions of a weight, and is the same on every backend:
+    bits and sums of float32 in a fixed order.
+
+    Args:
+        bits: (ceil(q / 8), K) uint8; direction d is bit d % 8, from the lowest, of the bytes in row d // 8.
+        count: q.
+        scale: (K,) float32; the directions are multiplied by it. None is 1.
+    """
+
+    def __init__(self, bits: mx.array, count: int, scale: mx.array | None = None):
+        self._bits, self._count, self._scale = bits, count, scale
+
+    def __len__(self) -> int:
+        return self._count
+
+    def part(self, numbers: Sequence[int], start: int, end: int) -> mx.array:
+        row, bit = np.divmod(np.array(numbers), 8)
+        own = self._bits[:, start:end][mx.array(row)] & mx.array(np.uint8(1) << bit.astype(np.uint8))[:, None]
+        signs = mx.where(own, mx.array(1, mx.int8), mx.array(-1, mx.int8))
+        return signs if self._scale is None else signs * self._scale[start:end]
+
+    def mean(self, slopes: np.ndarray) -> mx.array:
+        # In numpy: MLX's own look-up takes ten times as long on a CPU.
+        rows = zip(range(0, self._count, 8), np.asarray(self._bits), strict=True)
+        with np.errstate(over="ignore", invalid="ignore"):  # whoever gave such slopes sees what comes of them
+            sums = (_table(slopes[first : first + 8], self._count).take(row) for first, row in rows)
+            estimate = mx.array(functools.reduce(np.add, sums))
+        return estimate if self._scale is None else estimate * self._scale
+
+
+def _table(slopes: np.ndarray, count: int) -> np.ndarray:
+    """For each byte of signs, the sum of up to 8 slopes with these signs, over `count`: (256,) float32."""
+    sums = np.zeros(256, np.float32)
+    for slope, signs in zip(slopes, _SIGNS, strict=False):
+        sums += slope * signs
+    return sums / np.float32(count)
+
+
+# The signs that the bits of all bytes stand for: (8, 256).
+_SIGNS = np.where(np.arange(256) >> np.arange(8)[:, None] & 1, np.float32(1), np.float32(-1))
 
 
 LAWS = ("rademacher", "gaussian")
@@ -20,24 +99,25 @@ LAWS = ("rademacher", "gaussian")
 
 def directions(
     seed: int, step: int, count: int, size: int, law: str = "rademacher", scale: mx.array | None = None
-) -> mx.array:
-    """The directions of one step: (q, K).
+) -> Directions:
+    """The `count` (q) directions of one step along `size` (K) weights.
 
     Args:
         law: `rademacher`, +-1 with equal probability, from random bits, the same on every backend; or `gaussian`,
             standard normal, whose last bits depend on the backend.
         scale: (K,) float32; directions are multiplied by it. None is 1.
-
-    Returns:
-        int8 for `rademacher` without a scale, else float32.
     """
-    keys = [key(seed, step, d) for d in range(count)]
     if law == "gaussian":
-        z = mx.stack([mx.random.normal((size,), key=k) for k in keys])
-    else:
-        signs = mx.stack([mx.random.bernoulli(0.5, (size,), key=k) for k in keys])
-        z = mx.where(signs, mx.array(1, mx.int8), mx.array(-1, mx.int8))
-    return z if scale is None else z * scale
+        z = mx.stack([mx.random.normal((size,), key=key(seed, step, d)) for d in range(count)])
+        z = z if scale is None else z * scale
+        mx.eval(z)  # not again for each part
+        return Vectors(z)
+    rows = -(-count // 8)
+    # Keys made from a key are plain random bits, two words of 32 each. MLX runs on little-endian machines only.
+    words = mx.random.split(key(seed, step), -(-rows * size // 8))
+    bits = words.view(mx.uint8).reshape(-1)[: rows * size].reshape(rows, size)
+    mx.eval(bits)
+    return Signs(bits, count, scale)
 
 
 def fisher_scale(scores: mx.array, power: float) -> mx.array | None:
@@ -54,24 +134,24 @@ class Branches:
 
     Attributes:
         values: (K,) float32.
-        z: (q, K) directions.
+        directions: q of them.
         offsets: for each branch, the number of a direction, and how far along it the branch lies.
     """
 
     values: mx.array
-    z: mx.array
+    directions: Directions
     offsets: tuple[tuple[int, float], ...]
 
     def __len__(self) -> int:
         return len(self.offsets)
 
     def __getitem__(self, which: slice) -> "Branches":
-        return Branches(self.values, self.z, self.offsets[which])
+        return Branches(self.values, self.directions, self.offsets[which])
 
     def part(self, start: int, end: int) -> mx.array:
         """The branches' values from `start` to `end`: (P, end - start) float32."""
         numbers, distances = zip(*self.offsets, strict=True)
-        z = self.z[:, start:end][mx.array(numbers)]
+        z = self.directions.part(numbers, start, end)
         return self.values[start:end] + mx.array(distances)[:, None] * z
 
 
@@ -82,7 +162,7 @@ Loss = Callable[[Branches, Sequence[Sequence[Any]]], mx.array]
 class Estimator(Protocol):
     """How the slopes of the loss along q directions are found from the losses of branches."""
 
-    def branches(self, values: mx.array, z: mx.array, epsilon: float) -> Branches:
+    def branches(self, values: mx.array, directions: Directions, epsilon: float) -> Branches:
         """The points to evaluate the loss at."""
 
     def shares(self, examples: Sequence[Any], q: int) -> list[Sequence[Any]]:
@@ -98,8 +178,10 @@ class TwoSided:
     The branches are +, -, +, - ...: 2q of them.
     """
 
-    def branches(self, values: mx.array, z: mx.array, epsilon: float) -> Branches:
-        return Branches(values, z, tuple((d, sign * epsilon) for d in range(len(z)) for sign in (1, -1)))
+    def branches(self, values: mx.array, directions: Directions, epsilon: float) -> Branches:
+        return Branches(
+            values, directions, tuple((d, sign * epsilon) for d in range(len(directions)) for sign in (1, -1))
+        )
 
     def shares(self, examples: Sequence[Any], q: int) -> list[Sequence[Any]]:
         return [examples[d::q] for d in range(q) for _ in range(2)]
@@ -117,8 +199,8 @@ class OneSided:
     direction: 1 + q of them.
     """
 
-    def branches(self, values: mx.array, z: mx.array, epsilon: float) -> Branches:
-        return Branches(values, z, ((0, 0.0), *((d, epsilon) for d in range(len(z)))))
+    def branches(self, values: mx.array, directions: Directions, epsilon: float) -> Branches:
+        return Branches(values, directions, ((0, 0.0), *((d, epsilon) for d in range(len(directions)))))
 
     def shares(self, examples: Sequence[Any], q: int) -> list[Sequence[Any]]:
         return [examples] * (1 + q)
@@ -128,11 +210,3 @@ class OneSided:
 
 
 ESTIMATORS: dict[str, Estimator] = {"one-sided": OneSided(), "two-sided": TwoSided()}
-
-
-def gradient_estimate(projected: mx.array, z: mx.array) -> mx.array:
-    """The mean over directions of projected gradient times direction: (q,) and (q, K) -> (K,) float32."""
-    total = mx.zeros(z.shape[1])
-    for slope, direction in zip(projected, z, strict=True):  # one at a time: memory for K, not for q K
-        total = total + slope * direction
-    return total / len(z)

@@ -42,11 +42,10 @@ def tokens_that_fit(
         As `_largest_that_fits`.
     """
     method = estimator.ESTIMATORS[config.estimator]
-    directions = filled(config.directions)
-    z = mx.ones((directions, values.size), mx.int8)
-    branches = method.branches(values, z, 1e-3)
+    directions = estimator.directions(config.seed, 1, filled(config.directions), values.size, config.law)
+    branches = method.branches(values, directions, 1e-3)
     batch_size = filled(config.batch_size)
-    size = len(method.shares(range(batch_size), directions)[0])
+    size = len(method.shares(range(batch_size), len(directions))[0])
 
     def peak(rows: int) -> int:
         loss = make_loss(sparse, head, prefix, judge=judge)

@@ -1,8 +1,10 @@
-"""The journal: an append-only file that, with the base model, *is* the fine-tuned model. Format: docs/formats.md."""
+"""The journal: an append-only file that, with the base model, *is* the fine-tuned model. Format: docs/journal.md."""
 
+import hashlib
 import json
 import math
 import os
+import shutil
 import struct
 import zlib
 from collections.abc import Iterator
@@ -14,32 +16,40 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from .errors import UsageError, ZoError
-from .files import flush, reporting_disk_errors, write_atomically
+from .files import flush, reporting_disk_errors, sync, write_atomically
 
 FILE_NAME = "journal"
 MAGIC = b"ZOMLXJ1\n"
 _LENGTH = struct.Struct("<I")
 _CRC = struct.Struct("<I")
-_START = struct.Struct("<Qf")  # a record's step and loss
+_START = struct.Struct("<QI4sf")  # a record's step, tokens at once, data and loss
 _HEADER_LIMIT = 1 << 20
 _MOST_DIRECTIONS = 1 << 16
-_MOST_TRAINED = 1 << 32
+_MOST_WEIGHTS = 1 << 32
 
 # Raised whenever the same journal would be replayed to other values: directions, update rule, schedules.
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
 class Record:
-    """One step: its number (from 1), its loss, and its projected gradients.
+    """One step.
 
-    They are (q,) float32; with exact gradients they are the slopes along each of the K values, (K,) float32 that are
-    bfloat16 numbers.
+    Attributes:
+        step: its number, from 1.
+        loss: at the values, or of all branches.
+        projected: (q,) float32 projected gradients; with exact gradients the slopes along each of the K values, (K,)
+            float32 that are bfloat16 numbers.
+        tokens_at_once: the most tokens in a forward pass, 0 for no limit: the last bits depend on it, and a run may
+            have to change it.
+        data: 4 bytes that identify the training data.
     """
 
     step: int
     loss: float
     projected: np.ndarray
+    tokens_at_once: int = 0
+    data: bytes = bytes(4)
 
     @property
     def is_finite(self) -> bool:
@@ -51,8 +61,12 @@ class Journal:
     """A run's journal: `create` a new one or `read` one that exists, then `open` it to append.
 
     Attributes:
-        header: what a replay needs: `config`, the run's settings, and `fingerprints` of what it was run on.
+        header: what a replay needs: `config`, the run's settings; `trained`, where the trained weights are among those
+            of the index, as pairs of start and end; and `fingerprints` of what it was run on.
+        damage: what is wrong before its last record, where `read` was to pass over that; else None.
     """
+
+    damage: str | None = None
 
     def __init__(self, path: Path, header: dict[str, Any], seed: int, start: int, count: int):
         self.path, self.header = path, header
@@ -66,12 +80,32 @@ class Journal:
         """The number of records."""
         return self._count
 
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Where the trained weights are among those of the index."""
+        return [(start, end) for start, end in self.header["trained"]]
+
     def records(self, first: int = 0) -> Iterator[Record]:
         """The records from a number (from 0) on, read from the file."""
         with self.path.open("rb") as f:
             f.seek(self._start + first * self._layout.size)
             for _ in range(first, self._count):
                 yield self._layout.unpack(f.read(self._layout.size))
+
+    def last(self) -> Record | None:
+        """The last record, if there is any."""
+        return next(self.records(self._count - 1)) if self._count else None
+
+    def copy(self, path: Path, count: int) -> None:
+        """Write a journal of the same run with the first `count` records."""
+
+        def write(beside: Path) -> None:
+            with self.path.open("rb") as source, beside.open("wb") as target:
+                target.write(source.read(self._start))
+                for _ in range(count):
+                    target.write(source.read(self._layout.size))
+
+        write_atomically(path, write)
 
     @classmethod
     def create(cls, path: Path, header: dict[str, Any]) -> "Journal":
@@ -84,19 +118,25 @@ class Journal:
         return cls(path, header, seed, len(prefix) + _CRC.size, 0)
 
     @classmethod
-    def read(cls, path: Path) -> "Journal":
+    def read(cls, path: Path, cut: bool = False) -> "Journal":
         """Read and check a journal. A torn last record, left by a crash while it was written, is ignored.
+
+        Args:
+            cut: where it is damaged before its last record, take what is before that.
 
         Raises:
             UsageError: no journal, one of another version, or one that is damaged before its last record.
         """
         try:
             with path.open("rb") as f:
-                return cls._checked(path, f, path.stat().st_size)
+                found = cls._checked(path, f, path.stat().st_size)
         except FileNotFoundError:
             raise UsageError(f"{path} is missing: {path.parent} holds no training run") from None
         except OSError as e:
             raise UsageError(f"{path} cannot be read: {e.strerror}") from None
+        if found.damage and not cut:
+            raise UsageError(f"{found.damage}; zo-mlx train --resume goes on from before it")
+        return found
 
     @classmethod
     def _checked(cls, path: Path, f: BinaryIO, size: int) -> "Journal":
@@ -125,9 +165,10 @@ class Journal:
             if checksum != zlib.crc32(record[: -_CRC.size], seed) or _START.unpack_from(record)[0] != count + 1:
                 break
             count += 1
+        found = cls(path, header, seed, begin, count)
         if size - begin - count * each > each:
-            raise UsageError(f"{path} is damaged at record {count + 1}, which is not the last")
-        return cls(path, header, seed, begin, count)
+            found.damage = f"{path} is damaged at record {count + 1}, which is not the last"
+        return found
 
     @property
     def identity(self) -> str:
@@ -146,8 +187,13 @@ class Journal:
         self._count += 1
 
     def open(self) -> "Journal":
-        """Open for appending, without a torn last record; use the result as a context manager."""
+        """Open for appending, without a torn last record; use the result as a context manager.
+
+        Before damaged records, and whole ones after them, are cut off, they are copied beside.
+        """
         with reporting_disk_errors(self.path):
+            if self.damage:
+                sync(shutil.copyfile(self.path, self.path.with_name(f"{FILE_NAME}.damaged-at-{self._count + 1}")))
             self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND)
             os.ftruncate(self._fd, self._start + self._count * self._layout.size)
         return self
@@ -161,6 +207,16 @@ class Journal:
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
+
+
+# The fingerprints of the training data.
+DATA = ("train.jsonl", "tokenized training set")
+
+
+def data_id(fingerprints: dict[str, str]) -> bytes:
+    """The 4 bytes that identify the training data in a record, from a header's fingerprints."""
+    own = " ".join(fingerprints[name] for name in DATA if name in fingerprints)
+    return hashlib.sha256(own.encode()).digest()[:4]
 
 
 def record_size(header: dict[str, Any]) -> int:
@@ -179,10 +235,13 @@ class _Layout:
     def of(cls, header: dict[str, Any]) -> "_Layout":
         """From a journal's header. Raises ValueError, KeyError or TypeError for one that is no journal's."""
         exact = header["config"].get("gradient") == "exact"
-        count = header["trained"] if exact else header["config"]["directions"]
-        most = _MOST_TRAINED if exact else _MOST_DIRECTIONS
-        if type(count) is not int or not 1 <= count <= most:
-            raise ValueError(f"{count!r} {'trained weights' if exact else 'directions'}")
+        edges = [edge for start, end in header["trained"] for edge in (start, end)]
+        rising = all(type(e) is int for e in edges) and edges == sorted(set(edges))
+        if not edges or not rising or edges[0] < 0 or edges[-1] > _MOST_WEIGHTS:
+            raise ValueError(f"trained weights at {header['trained']!r}")
+        count = sum(edges[1::2]) - sum(edges[::2]) if exact else header["config"]["directions"]
+        if type(count) is not int or not 1 <= count <= (_MOST_WEIGHTS if exact else _MOST_DIRECTIONS):
+            raise ValueError(f"{count!r} directions")
         prints = header["fingerprints"]
         if not prints or not all(isinstance(v, str) for v in prints.values()):
             raise ValueError(f"fingerprints {prints!r}")
@@ -198,12 +257,12 @@ class _Layout:
         slopes = record.projected.astype("<f4")
         if self.exact:
             slopes = (slopes.view("<u4") >> 16).astype("<u2")  # the upper halves: the lower ones are 0
-        return _START.pack(record.step, record.loss) + slopes.tobytes()
+        return _START.pack(record.step, record.tokens_at_once, record.data, record.loss) + slopes.tobytes()
 
     def unpack(self, content: bytes) -> Record:
         """From a record with its checksum."""
         slopes = np.frombuffer(content[_START.size : -_CRC.size], "<u2" if self.exact else "<f4")
         if self.exact:
             slopes = (slopes.astype("<u4") << 16).view("<f4")
-        step, loss = _START.unpack_from(content)
-        return Record(step, loss, slopes)
+        step, tokens_at_once, data, loss = _START.unpack_from(content)
+        return Record(step, loss, slopes, tokens_at_once, data)

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import re
 from collections.abc import Callable, Iterator
 
 import mlx.core as mx
@@ -10,6 +11,9 @@ from .product import on_cpu
 
 # MLX keeps freed buffers for reuse; batches of many lengths would otherwise make it keep several generations of them.
 GPU_CACHE_BYTES = 256 << 20
+
+# How far a step may go beyond a limit before it counts as too large: what was planned for it takes up to 1.07 times it.
+OVERRUN = 1.1
 
 
 @contextlib.contextmanager
@@ -49,6 +53,11 @@ def with_margin(limit: int) -> int:
     """
     held = mx.get_active_memory()
     return held + int(0.7 * (limit - held))
+
+
+def is_shortage(error: Exception) -> bool:
+    """Whether an error of MLX, or of Python, says that there was not enough memory."""
+    return isinstance(error, MemoryError) or re.search("alloc|memory", str(error), re.IGNORECASE) is not None
 
 
 def peak_of(run: Callable[[], object], limit: int = 0) -> int:

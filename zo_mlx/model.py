@@ -73,10 +73,55 @@ def load_tokenizer_of(directory: Path, config: dict[str, Any]) -> TokenizerWrapp
 
 def fingerprint(directory: Path) -> str:
     """SHA-256 that identifies a base model: config.json and the weight files, names and whole contents."""
+    return _sha256_of([directory / "config.json", *weight_files(directory)])
+
+
+def _sha256_of(files: list[Path]) -> str:
+    """Of the names and the SHA-256s of files."""
     digest = hashlib.sha256()
-    for file in [directory / "config.json", *weight_files(directory)]:
+    for file in files:
         digest.update(f"{file.name} {sha256(file)}\n".encode())
     return digest.hexdigest()
+
+
+def checked_index(directory: Path) -> SensitiveIndex:
+    """The sensitive index of a model directory. Raises UsageError as `read_index`, or if it is of another model."""
+    index = read_index(directory)
+    recorded = index.metadata.get("base_model")
+    if recorded != (actual := fingerprint(directory)):
+        raise UsageError(
+            f"{directory / INDEX} belongs to another model (fingerprint {str(recorded)[:12]}, "
+            f"this one has {actual[:12]}); convert again"
+        )
+    return index
+
+
+def fingerprints(directory: Path, index: SensitiveIndex) -> dict[str, str]:
+    """Of all that a model directory brings to a run; `index` is its `checked_index`."""
+    files = [path for name in _TOKENIZER if (path := directory / name).exists()]
+    return {
+        "base_model": index.metadata["base_model"],
+        "index": sha256(directory / INDEX),
+        "tokenizer": _sha256_of(files),
+    }
+
+
+def check_fingerprints(what: str, recorded: dict[str, str], actual: dict[str, str]) -> None:
+    """Raise UsageError, naming all differences, where something was made with other things than the actual ones."""
+    if changed := [_NAMES[name] for name, value in actual.items() if recorded.get(name) != value]:
+        raise UsageError(f"{what} does not belong here: since it was made, {' and '.join(changed)} changed")
+
+
+# The files that turn text into tokens. Whatever else does so shows in the tokenized training set.
+_TOKENIZER = ("added_tokens.json", "merges.txt", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+# What fingerprints are of, for people.
+_NAMES = {
+    "base_model": "the base model (config.json or weights: another model, or one quantized again)",
+    "index": "the sensitive index (sensitive.safetensors)",
+    "tokenizer": "the tokenizer",
+    "objective": "the file with the objective",
+}
 
 
 def load_sparse(directory: Path) -> tuple[SparseModel, TokenizerWrapper, SensitiveIndex, dict[str, Any]]:
@@ -86,16 +131,10 @@ def load_sparse(directory: Path) -> tuple[SparseModel, TokenizerWrapper, Sensiti
         The sparse model (no values set: it computes as the base model), tokenizer, index, and the model's config.
 
     Raises:
-        UsageError: as `load_stock_model` and `read_index`; or the index belongs to another model.
+        UsageError: as `load_stock_model` and `checked_index`.
     """
     model, config = load_stock_model(directory)
-    index = read_index(directory)
-    recorded = index.metadata.get("base_model")
-    if recorded != (actual := fingerprint(directory)):
-        raise UsageError(
-            f"{directory / 'sensitive.safetensors'} belongs to another model (fingerprint {str(recorded)[:12]}, "
-            f"this one has {actual[:12]}); convert again"
-        )
+    index = checked_index(directory)
     tokenizer = load_tokenizer_of(directory, config)
     return SparseModel(prepare(model), index), tokenizer, index, config
 
@@ -129,9 +168,7 @@ def load(path: str | Path, adapter_path: str | Path | None = None) -> tuple[nn.M
         return prepare(model), load_tokenizer_of(directory, config)
     snapshot = read_snapshot(Path(adapter_path))
     sparse, tokenizer, index, _ = load_sparse(directory)
-    actual = {"base_model": index.metadata["base_model"], "index": sha256(directory / INDEX)}
-    if changed := [k for k, v in actual.items() if snapshot.fingerprints.get(k) != v]:
-        raise UsageError(f"the adapter {adapter_path} was trained on another model: {' and '.join(changed)} differs")
+    check_fingerprints(f"the adapter {adapter_path}", snapshot.fingerprints, fingerprints(directory, index))
     if snapshot.values.size != sparse.size:
         raise UsageError(
             f"the adapter {adapter_path} is damaged: it has {snapshot.values.size} values, not {sparse.size}"

@@ -10,7 +10,7 @@ from mlx_lm.tuner.utils import build_schedule
 
 from .config import OPTIMIZERS, TrainConfig, filled
 from .control import MEASURED, MOST_HALVINGS, Control, exact_rate
-from .estimator import gradient_estimate
+from .estimator import Directions
 from .journal import Record
 from .metric import CROSS_ENTROPY
 
@@ -85,12 +85,12 @@ class Optimizer:
         return None
 
     def apply(
-        self, values: mx.array, state: State, record: Record, z: mx.array | None = None
+        self, values: mx.array, state: State, record: Record, directions: Directions | None = None
     ) -> tuple[mx.array, State]:
         """One update of (K,) values. `state` is left as it is.
 
         Args:
-            z: the record's directions, (q, K); None if its slopes are those along each of the K values.
+            directions: the record's; None if its slopes are those along each of the K values.
         """
         slopes, new = record.projected, {}
         self._rule.state = tree_map(lambda leaf: leaf, state["rule"])
@@ -98,7 +98,7 @@ class Optimizer:
             slopes, control = self._control.observe(state["control"], record)
             rate = self._control.learning_rate(control, record, self._scale_free)
             self._rule.state["learning_rate"] = mx.array(self._share * rate)
-        gradient = mx.array(slopes) if z is None else gradient_estimate(mx.array(slopes), z)
+        gradient = mx.array(slopes) if directions is None else directions.mean(slopes)
         moved = self._rule.apply_gradients({"values": gradient}, {"values": values - self._origin})["values"]
         values = self._origin + moved
         if self._control:
@@ -106,5 +106,5 @@ class Optimizer:
             if back:  # what was gathered on the way to an explosion is of no use
                 self._rule.state = tree_map(lambda leaf: leaf, self.state["rule"])
         new["rule"] = self._rule.state
-        mx.eval(values, new)
+        mx.async_eval(values, new)  # what is next to be waited for, waits for this as well
         return values, new

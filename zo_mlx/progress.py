@@ -66,14 +66,15 @@ class Meter:
     """Averages between reports, and of all steps."""
 
     def __init__(self) -> None:
-        self._seconds: list[float] = []
+        self._seconds, self._steps = 0.0, 0  # in all
+        self._reported = (0.0, 0)  # and when they were last taken
         self._losses: list[float] = []
         self._tokens = self._padded = 0
-        self._reported = 0
         self.last_loss: float | None = None
 
     def add(self, seconds: float, loss: float, examples: list[Any]) -> None:
-        self._seconds.append(seconds)
+        self._seconds += seconds
+        self._steps += 1
         if math.isfinite(loss):
             self._losses.append(loss)
         rows = [len(row) for e in examples for row in e.rows]
@@ -82,19 +83,20 @@ class Meter:
 
     def take(self) -> dict[str, float | None]:
         """The averages since the last call, under mlx-lm's names; and the share of padding in what was computed."""
-        seconds = sum(self._seconds[self._reported :])
+        seconds, steps = self._seconds - self._reported[0], self._steps - self._reported[1]
         self.last_loss = sum(self._losses) / len(self._losses) if self._losses else None
         result = {
             "train_loss": self.last_loss,
-            "iterations_per_second": (len(self._seconds) - self._reported) / seconds,
+            "iterations_per_second": steps / seconds,
             "tokens_per_second": self._tokens / seconds,
             "padding": 1 - self._tokens / self._padded,
             "peak_memory": mx.get_peak_memory() / 1e9,
         }
-        self._losses, self._tokens, self._padded, self._reported = [], 0, 0, len(self._seconds)
+        self._losses, self._tokens, self._padded = [], 0, 0
+        self._reported = (self._seconds, self._steps)
         return result
 
     @property
     def seconds(self) -> float | None:
         """A step's, the mean: some steps do work for those after them."""
-        return sum(self._seconds) / len(self._seconds) if self._seconds else None
+        return self._seconds / self._steps if self._steps else None

@@ -2,37 +2,37 @@
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from . import adapter, journal
 from .adapter import Best
 from .answers import Judge, longest_completion
 from .batches import Batches
-from .blocks import BlockwiseModel
 from .config import TrainConfig, filled, resolved
 from .data import Dataset, load_dataset
+from .depth import choose_depth
 from .errors import Interrupted, UsageError, ZoError
-from .estimator import fisher_scale
 from .evaluate import Evaluation, evaluate_dataset
 from .exact import ExactGradient
 from .files import check_space, reporting_disk_errors, sha256
 from .fit import blocks_that_fit, exact_tokens_that_fit, longest_batch, tokens_that_fit
 from .head import split_head
-from .index import FILE_NAME as INDEX
+from .interrupts import finished_first
+from .memory import OVERRUN, is_shortage
 from .metric import CROSS_ENTROPY, Metric
-from .model import context_length, load_sparse
+from .model import context_length, fingerprints, load_sparse
 from .objective import layout
 from .optimizer import Optimizer, State
 from .prefix import Prefix
 from .progress import Meter, Progress
 from .result import TrainResult
-from .step import exact_step, make_loss, replay, rows_of_step, step, tokens_of
+from .step import exact_step, make_loss, rows_of_step, step, tokens_of
+from .trainable import Trainable
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -72,25 +72,26 @@ class Run:
         if self.judge:
             self.judge.check(self.head)
         self.sparse.check_branches()
-        self.model_prints = {"base_model": index.metadata["base_model"], "index": sha256(model / INDEX)}
-        self.prints = {
+        self.model_prints = fingerprints(model, index)
+        self.fingerprints = {
             **self.model_prints,
             "train.jsonl": sha256(data / "train.jsonl"),
             "tokenized training set": self.train_set.fingerprint(),  # tokenizer and chat template take part in it
         }
         if self.metric and self.metric.path:
-            self.prints["objective"] = sha256(self.metric.path)
+            self.fingerprints["objective"] = sha256(self.metric.path)
+        self.data_id = journal.data_id(self.fingerprints)
         self.batches = Batches(self.train_set.examples, self.batch_size, config.seed)
-        self.all_values = index.initial_values()
-        self.choose_blocks()
-        self.values = self.all_values[self.trained]
+        everything = index.initial_values()
+        self.depth = choose_depth(config, self.sparse, self.head, self.judge, self.train_set, everything, self.warn)
+        self.trainable = Trainable(index, self.depth.spans, config.precondition)
+        self.values = self.trainable.initial
         if config.memory_limit is not None and config.tokens_at_once is None:
             self.fit(int(config.memory_limit * 1e9))
-        scores = np.concatenate([tensor.scores for tensor in index.tensors.values()])
-        self.scale = fisher_scale(mx.array(scores)[self.trained], config.precondition)
         self.optimizer = Optimizer(config, self.values)
         self.state = self.optimizer.state
         self.done = 0
+        self.is_smaller = False  # whether passes had to be made smaller
         self.best: Best | None = None
 
     def warn(self, message: str) -> None:
@@ -103,38 +104,6 @@ class Run:
             self.warn(f"{path}: {dataset.truncated} sequences are longer than {self.longest} tokens and were cut")
         return dataset
 
-    def choose_blocks(self) -> None:
-        """Decide which blocks are trained, and whether those before are run apart (`has_prefix`)."""
-        config, count, exact = self.config, len(self.sparse.model.layers), self.config.gradient == "exact"
-        self.blocks = None
-        if (exact or config.num_layers != -1 or self.sparse.first_block > 0) and max(self.sparse.spans()) < count:
-            self.blocks = BlockwiseModel.of_chain(self.sparse.model)
-        last = config.num_layers
-        if last is None:  # as many as learn as much in a step; but fewer only where that saves work
-            last = self.sparse.last_half()
-            last = -1 if exact or not self.saves(last / count) else last
-        config.num_layers = last
-        self.trained = mx.array(self.sparse.train_last(count if last == -1 else last, self.all_values))
-        first = self.sparse.first_block
-        if self.blocks is None and (exact or 0 < first < count):
-            self.warn("the model's blocks are not a plain chain: a step computes, and holds, all of them at once")
-        self.has_prefix = 0 < first < count and self.saves(1 - first / count)
-        if config.cache_prefix and not self.has_prefix:
-            self.warn("--cache-prefix has no effect: nothing is computed before what is trained that could be kept")
-
-    def saves(self, trained: float) -> bool:
-        """Whether a step takes less work if the blocks before the trained ones are run apart.
-
-        Else answers are generated, or the choices' rows go on from their prompts through all blocks, which for a share
-        u of the tokens takes about 1.5 u of the time.
-
-        Args:
-            trained: the share of the blocks that are trained.
-        """
-        if self.blocks is None or (self.judge and self.judge.generates):
-            return False
-        return self.config.gradient == "exact" or not self.head.continues or trained <= 1.5 * self.train_set.unshared
-
     def fit(self, limit: int) -> None:
         """Settle how many tokens go through the model together, and what is held meanwhile, within a limit in bytes."""
         config, examples, prefix = self.config, self.train_set.examples, self.prefix(1)
@@ -143,10 +112,10 @@ class Run:
             batch = longest_batch(examples, self.batch_size, prefix)
             gradient = self.exact_gradient(prefix)
             fit, least = exact_tokens_that_fit(room, gradient, self.values, batch)
-            if least > limit and self.blocks and not config.spill:
+            if least > limit and self.depth.blocks and not config.spill:
                 config.spill = True
                 fit, least = exact_tokens_that_fit(room, self.exact_gradient(prefix), self.values, batch)
-            elif config.keep_blocks is None and self.blocks and fit >= layout([batch], False)[0]:
+            elif config.keep_blocks is None and self.depth.blocks and fit >= layout([batch], False)[0]:
                 config.keep_blocks = blocks_that_fit(room, gradient, self.values, batch)
         else:
             fit, least = tokens_that_fit(
@@ -157,53 +126,26 @@ class Run:
             self.warn(f"--memory-limit: the longest example alone takes {least / 1e9:.3f} GB")
 
     def exact_gradient(self, prefix: Prefix | None) -> ExactGradient:
-        config = self.config
-        return ExactGradient(
-            self.sparse, self.head, self.blocks, prefix, config.tokens_at_once, config.keep_blocks or 0, config.spill
-        )
+        config, blocks = self.config, self.depth.blocks
+        keep = config.keep_blocks or 0
+        return ExactGradient(self.sparse, self.head, blocks, prefix, config.tokens_at_once, keep, config.spill)
 
     def start(self) -> None:
         """Begin a new run in the adapter directory, in place of any old one."""
-        header = {"config": asdict(self.config), "fingerprints": self.prints, "trained": self.values.size}
+        header = {"config": asdict(self.config), "fingerprints": self.fingerprints, "trained": self.depth.spans}
         check_space(self.directory, self.config.iters * journal.record_size(header))
         with reporting_disk_errors(self.directory):
             adapter.remove_run(self.directory)
         self.journal = journal.Journal.create(self.directory / journal.FILE_NAME, header)
 
-    def resume(self, past: journal.Journal) -> None:
-        """Restore the state after a journal's last record: from a snapshot if there is one, and by replay."""
-        recorded = past.header["fingerprints"]
-        if changed := [k for k in recorded.keys() | self.prints.keys() if recorded.get(k) != self.prints.get(k)]:
-            raise UsageError(
-                f"{past.path} belongs to another run: {' and '.join(sorted(changed))} changed since it began"
-            )
-        if past.header.get("trained") != self.values.size:
-            raise UsageError(f"{past.path} is of {past.header.get('trained')} trained weights, not {self.values.size}")
-        check_space(self.directory, (self.config.iters - len(past)) * journal.record_size(past.header))
-        self.journal = past
-        try:
-            snapshot = adapter.read_snapshot(self.directory)
-        except UsageError:
-            snapshot = None  # the journal alone suffices
-        if snapshot and snapshot.journal == past.identity and snapshot.step <= len(past):
-            state = adapter.read_optimizer_state(self.directory, snapshot, like=self.state)
-            if state is not None and snapshot.values.shape == self.all_values.shape:
-                self.values, self.state, self.done = snapshot.values[self.trained], state, snapshot.step
-        self.values, self.state = replay(
-            self.optimizer, self.values, self.state, past.records(self.done), self.config, self.scale
-        )
-        self.done = len(past)
-        best = adapter.read_best(self.directory, past.identity)
-        self.best = best if best and best.iteration <= self.done else None
-
     def prefix(self, steps: int) -> Prefix | None:
         """What runs the blocks before the trained ones, for so many steps at once."""
-        if not self.has_prefix:
+        if not self.depth.has_prefix:
             return None
-        assert self.blocks is not None
+        assert self.depth.blocks is not None
         groups = (self.batches.of(i + 1, steps) for i in range(0, self.batches.in_epoch, steps))
         size = int((self.config.cache_prefix or 0) * 1e9)
-        return Prefix(self.blocks, self.sparse.first_block, groups, size, self.config.tokens_at_once)
+        return Prefix(self.depth.blocks, self.sparse.first_block, groups, size, self.config.tokens_at_once)
 
     def step_function(self) -> Callable[[list[Any], int], tuple[mx.array, State, journal.Record]]:
         """What takes the next step: from examples and its number, to new values, new state, and its record."""
@@ -219,24 +161,85 @@ class Run:
                 prefix.prepare(self.batches.of(number, steps))
             if config.gradient == "exact":
                 return exact_step(gradient, self.optimizer, self.values, self.state, examples, number)
-            return step(loss, self.optimizer, self.values, self.state, examples, number, config, self.scale)
+            return step(loss, self.optimizer, self.values, self.state, examples, number, config, self.trainable.scale)
 
         return take
 
+    def longest_row(self, examples: Sequence[Any]) -> int:
+        """The most tokens of an example."""
+        return max(tokens_of([[e]], self.head.continues, self.judge) for e in examples)
+
+    def make_smaller(self, examples: Sequence[Any], why: str) -> bool:
+        """Let half as many tokens go through the model together from now on; False if an example at a time does.
+
+        Blocks that are kept are given up with the first half.
+        """
+        row = self.longest_row(examples)
+        before = self.config.tokens_at_once or rows_of_step(self.config) * row
+        if before <= row:
+            return False
+        self.config.tokens_at_once, self.config.keep_blocks = max(row, before // 2), 0
+        if not self.is_smaller:
+            self.warn(f"{why}: going on with {self.config.tokens_at_once} tokens at once, and fewer if need be")
+        self.is_smaller = True
+        self.take = self.step_function()
+        mx.clear_cache()
+        return True
+
+    def advance(self, number: int) -> tuple[journal.Record, list[Any]]:
+        """Take a step and write it to the journal, from when on it counts. Returns its record and its examples."""
+        examples = self.batches.of(number)
+        while True:
+            try:
+                values, state, record = self.take(examples, number)
+                mx.eval(values, state)
+                break
+            except (RuntimeError, MemoryError) as e:
+                if not (is_shortage(e) and self.make_smaller(examples, f"step {number} fails: {e}")):
+                    raise
+        if not (mx.isfinite(values).all() and (record.is_finite or self.optimizer.can_go_on(state))):
+            raise ZoError(
+                f"the loss is not finite at step {number}: stopped; the state after step {self.done} "
+                f"is kept in {self.directory}. Try a smaller --learning-rate"
+            )
+        record = replace(record, tokens_at_once=self.config.tokens_at_once or 0, data=self.data_id)
+        self.journal.append(record)
+        news = self.optimizer.news(self.state, state)
+        self.values, self.state, self.done = values, state, number
+        if news:
+            self.report({**news, "iteration": number})
+        return record, examples
+
     def evaluate(self, dataset: Dataset, batches: int) -> Evaluation:
         self.sparse.set_values(self.values[None])
-        size, tokens = rows_of_step(self.config), self.config.tokens_at_once
-        if tokens is not None:
-            longest = max(tokens_of([[e]], self.head.continues, self.judge) for e in dataset.examples)
-            size = max(1, min(size, tokens // longest))
         count = -1 if batches == -1 else batches * self.batch_size
-        return evaluate_dataset(self.head, dataset, size, count, self.progress, self.judge)
+        while True:
+            size, tokens = rows_of_step(self.config), self.config.tokens_at_once
+            if tokens is not None:
+                size = max(1, min(size, tokens // self.longest_row(dataset.examples)))
+            try:
+                return evaluate_dataset(self.head, dataset, size, count, self.progress, self.judge)
+            except (RuntimeError, MemoryError) as e:
+                if not (is_shortage(e) and self.make_smaller(dataset.examples, f"an evaluation fails: {e}")):
+                    raise
+
+    @property
+    def validates(self) -> bool:
+        """Whether there is something to validate on, and that is asked for."""
+        return self.valid_set is not None and self.config.val_batches != 0
 
     def validate(self) -> Evaluation | None:
         """Evaluate on the validation set, and keep the values if they are the best so far."""
-        if self.valid_set is None or self.config.val_batches == 0:
+        if not self.validates:
             return None
-        result = self.evaluate(self.valid_set, self.config.val_batches)
+        assert self.valid_set is not None
+        try:
+            result = self.evaluate(self.valid_set, self.config.val_batches)
+        except (ZoError, RuntimeError, MemoryError) as e:  # a look at the run must not be the end of it
+            self.warn(f"the validation after step {self.done} failed: {e}")
+            return None
+        if not math.isfinite(result.objective):
+            self.warn(f"the validation after step {self.done} gives {result.objective}")
         config, is_best = self.config, False
         # What a resumed run begins with is no validation that an uninterrupted one would have made.
         if self.done % config.steps_per_eval == 0 or self.done >= config.iters:
@@ -253,7 +256,7 @@ class Run:
         return bool(patience and best and self.done >= best.iteration + patience * self.config.steps_per_eval)
 
     def snapshot(self, validation_loss: float | None = None) -> adapter.Snapshot:
-        values = mx.put_along_axis(self.all_values, self.trained, self.values, axis=0)
+        values = self.trainable.among_all(self.values)
         return adapter.Snapshot(self.done, self.journal.identity, self.model_prints, values, validation_loss)
 
     def save(self) -> None:
@@ -261,11 +264,18 @@ class Run:
 
     def go(self) -> TrainResult:
         """Train to the last step; save, evaluate and report on the way."""
+        try:
+            return self.steps()
+        except KeyboardInterrupt:
+            raise Interrupted(f"stopped after step {self.done}; go on with the same command and --resume") from None
+
+    def steps(self) -> TrainResult:
+        """`go`, where nobody interrupts it."""
         config = self.config
         weights = mx.get_active_memory()
         before = after = self.validate()
         mx.reset_peak_memory()
-        take = self.step_function()
+        self.take = self.step_function()
         meter = Meter()
         peak = 0
         try:
@@ -275,18 +285,8 @@ class Run:
                         self.report({"event": "stopped", "iteration": self.done, "patience": config.patience})
                         break
                     started = time.perf_counter()
-                    examples = self.batches.of(number)
-                    values, state, record = take(examples, number)
-                    if not (mx.isfinite(values).all() and (record.is_finite or self.optimizer.can_go_on(state))):
-                        raise ZoError(
-                            f"the loss is not finite at step {number}: stopped; the state after step {self.done} "
-                            f"is kept in {self.directory}. Try a smaller --learning-rate"
-                        )
-                    self.journal.append(record)
-                    news = self.optimizer.news(self.state, state)
-                    self.values, self.state, self.done = values, state, number
-                    if news:
-                        self.report({**news, "iteration": number})
+                    with finished_first():
+                        record, examples = self.advance(number)
                     meter.add(time.perf_counter() - started, record.loss, examples)
                     bar.advance()
                     if number % config.steps_per_report == 0 or number == config.iters:
@@ -297,15 +297,16 @@ class Run:
                         self.report(event)
                     if number % config.save_every == 0:
                         self.save()
+                    peak = max(peak, mx.get_peak_memory())
+                    if config.memory_limit and mx.get_peak_memory() > OVERRUN * config.memory_limit * 1e9:
+                        taken = f"a step took {mx.get_peak_memory() / 1e9:.3f} GB, more than --memory-limit"
+                        self.make_smaller(examples, taken)
+                        mx.reset_peak_memory()
                     if number % config.steps_per_eval == 0 or number == config.iters:
-                        peak = max(peak, mx.get_peak_memory())
                         after = self.validate()
                         mx.reset_peak_memory()
-        except KeyboardInterrupt:
-            raise Interrupted(f"stopped after step {self.done}; go on with the same command and --resume") from None
         finally:
             self.save()
-        peak = max(peak, mx.get_peak_memory())
         test = self.evaluate(self.test_set, config.test_batches) if self.test_set and config.test_batches else None
         if test:
             self.report({"event": "test", "iteration": self.done, **test.as_dict()})

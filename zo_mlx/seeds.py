@@ -36,7 +36,7 @@ def train_seeds(seeds: int, *, resume: bool = False, report: Report | None = Non
         seeds: at least 2.
         resume: go on with the runs that were begun, and begin the others.
         report: as for `train`; events have a `seed`.
-        **settings: as for `train`, `overwrite` and `progress` included.
+        **settings: as for `train`, `overwrite`, `changed_data` and `progress` included.
 
     Raises:
         As `train`.

@@ -152,7 +152,7 @@ class SparseModel:
         """K, the number of trainable weights."""
         return self._ends[-1]
 
-    def train_last(self, blocks: int, values: mx.array) -> np.ndarray:
+    def train_last(self, blocks: int, values: mx.array) -> list[tuple[int, int]]:
         """Let only the last blocks be trained from now on; the others' sensitive weights are set for good.
 
         Args:
@@ -160,7 +160,7 @@ class SparseModel:
             values: (K,) float32 of all layers.
 
         Returns:
-            (K',) uint32 positions in `values` of those that are still to be set: K' is the new `size`.
+            Where in `values` those are that are still to be set, from start to end: the new `size` of them.
 
         Raises:
             UsageError: none of the blocks has any trainable weights.
@@ -176,7 +176,11 @@ class SparseModel:
             raise UsageError(f"--num-layers {blocks}: the last {blocks} blocks have no sensitive weights")
         self._layers = [layer for layer, _, _ in kept]
         self._ends = np.cumsum([end - start for _, start, end in kept]).tolist()
-        return np.concatenate([np.arange(start, end, dtype=np.uint32) for _, start, end in kept])
+        spans: list[tuple[int, int]] = []
+        for _, start, end in kept:
+            joined = spans.pop()[0] if spans and spans[-1][1] == start else start
+            spans.append((joined, end))
+        return spans
 
     def last_half(self) -> int:
         """How many blocks are the last half of all, or -1 if these have less than a tenth of the trainable weights."""

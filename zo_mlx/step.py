@@ -111,13 +111,12 @@ def step(
     Returns:
         The new values and state, and the record from which `replay` gives them again.
     """
-    z = estimator.directions(config.seed, number, filled(config.directions), values.size, config.law, scale)
-    mx.eval(z)  # every layer reads its part of them
+    directions = estimator.directions(config.seed, number, filled(config.directions), values.size, config.law, scale)
     method, epsilon = estimator.ESTIMATORS[config.estimator], optimizer.epsilon(state)
-    losses = loss(method.branches(values, z, epsilon), method.shares(examples, len(z)))
+    losses = loss(method.branches(values, directions, epsilon), method.shares(examples, len(directions)))
     mean, slopes = method.slopes(losses, epsilon)
     record = Record(number, mean.item(), np.array(slopes))  # type: ignore[arg-type]
-    return *optimizer.apply(values, state, record, z), record
+    return *optimizer.apply(values, state, record, directions), record
 
 
 def exact_step(
@@ -146,8 +145,10 @@ def replay(
     """Repeat the updates of some consecutive steps from their records alone."""
     for record in records:
         if config.gradient == "exact":
-            z = None
+            directions = None
         else:
-            z = estimator.directions(config.seed, record.step, len(record.projected), values.size, config.law, scale)
-        values, state = optimizer.apply(values, state, record, z)
+            directions = estimator.directions(
+                config.seed, record.step, len(record.projected), values.size, config.law, scale
+            )
+        values, state = optimizer.apply(values, state, record, directions)
     return values, state

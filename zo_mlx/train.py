@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from . import adapter, journal
-from .config import CHANGEABLE, TrainConfig
+from .config import TrainConfig
 from .errors import UsageError
 from .files import locked, reporting_disk_errors
 from .memory import bounded_cache, held_below
-from .metric import is_function
 from .result import TrainResult
+from .resume import resume as resume_run
+from .resume import resumed_config
 from .run import Report, Run
 
 
@@ -20,6 +21,7 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    changed_data: bool = False,
     report: Report | None = None,
     progress: bool = True,
     **settings: Any,
@@ -29,6 +31,8 @@ def train(
     Args:
         resume: go on with the run in `adapter_path`; its own settings hold, and those given must agree with them.
         overwrite: replace a run in `adapter_path`.
+        changed_data: with `resume`, go on even if the training data is not what it was. The steps to come are then
+            those of a run with the new data, and the journal says from which step on.
         report: called with every event (`train`, `validation`, `test`, `stopped`, `chosen`,
             `returned`, `warning`) as a dictionary; by default warnings become Python's.
         progress: report progress on standard error.
@@ -37,7 +41,7 @@ def train(
     Raises:
         UsageError: wrong settings, model or data; a run is already in `adapter_path`, or not the one to resume.
         ZoError: the loss is not finite; a file cannot be written.
-        Interrupted: Ctrl-C; the run can be resumed.
+        Interrupted: Ctrl-C, which lets a step be finished, or twice, which does not; the run can be resumed.
     """
     if unknown := set(settings) - {f.name for f in fields(TrainConfig)}:
         raise UsageError(f"no such settings: {', '.join(sorted(unknown))}")
@@ -51,9 +55,9 @@ def train(
             if not adapter.has_run(directory):
                 raise UsageError(f"{directory} holds no training run to resume")
             held.enter_context(locked(directory))
-            past = journal.Journal.read(directory / journal.FILE_NAME)
-            run = Run(_resumed_config(past.header["config"], settings), report or _print_warning, progress)
-            run.resume(past)
+            past = journal.Journal.read(directory / journal.FILE_NAME, cut=True)
+            run = Run(resumed_config(past.header["config"], settings), report or _print_warning, progress)
+            resume_run(run, past, changed_data)
         else:
             if not overwrite:
                 _refuse_run(directory)
@@ -75,22 +79,6 @@ def _refuse_run(directory: Path) -> None:
         raise UsageError(
             f"{directory} already holds a run; give --resume to go on with it or --overwrite to replace it"
         )
-
-
-def _resumed_config(recorded: dict[str, Any], given: dict[str, Any]) -> TrainConfig:
-    """The recorded settings with the given ones; only those in `CHANGEABLE` may differ."""
-    if set(recorded) != {f.name for f in fields(TrainConfig)}:
-        raise UsageError("the run to resume was made by another version of zo-mlx: its settings are not this one's")
-    config = TrainConfig(**{**recorded, "adapter_path": TrainConfig.adapter_path, **given})
-    config.check()
-    if is_function(config.objective) and "objective" not in given:
-        # A run may come from a stranger, and this would run any function it names.
-        raise UsageError(f"the run's objective is a function: give --objective {config.objective} to go on with it")
-    different = [k for k in sorted(given.keys() - CHANGEABLE) if getattr(config, k) != recorded[k]]
-    if different:
-        listed = ", ".join(f"{k} was {recorded[k]}" for k in different)
-        raise UsageError(f"a resumed run keeps its settings: {listed}")
-    return config
 
 
 def _print_warning(event: dict[str, Any]) -> None:

@@ -57,7 +57,7 @@ def linearize(model: Path, examples: list[Example], train: int, blocks: int | No
     sparse, _, index, _ = load_sparse(model)
     head, values = split_head(sparse.model), index.initial_values()
     blocks = len(sparse.model.layers) if blocks in (None, -1) else blocks
-    values = values[mx.array(sparse.train_last(blocks, values))]
+    values = mx.concatenate([values[a:b] for a, b in sparse.train_last(blocks, values)])
     choices = len(examples[0].choices)
 
     def difference(branches: mx.array, group: list[Example], signs: mx.array) -> tuple[mx.array, mx.array]:

@@ -95,7 +95,7 @@ def last_arms(path: Path, blocks: int, config: TrainConfig) -> tuple[Arms, Calla
     """Steps that train the last blocks, and what runs the others for a batch beforehand."""
     sparse, _, index, _ = load_sparse(path)
     head, all_values = split_head(sparse.model), index.initial_values()
-    values = all_values[mx.array(sparse.train_last(blocks, all_values))]
+    values = mx.concatenate([all_values[a:b] for a, b in sparse.train_last(blocks, all_values)])
     model, optimizer = BlockwiseModel(sparse.model), Optimizer(config, values)
     warm = Prefix(model, sparse.first_block)
 

@@ -19,6 +19,7 @@ def add(commands: Any) -> None:
     p = add_command(commands, "train", _run, "Fine-tune a converted model's sensitive weights.")
     p.add_argument("-c", "--config", metavar="YAML", help="Settings file with mlx-lm's keys; flags take precedence.")
     p.add_argument("--resume", action="store_true", help="Go on with the run in the adapter directory.")
+    p.add_argument("--changed-data", action="store_true", help="Resume even if the training data changed.")
     p.add_argument("--overwrite", action="store_true", help="Replace the run in the adapter directory.")
     p.add_argument(
         "--seeds",
@@ -54,15 +55,16 @@ def _run(args: argparse.Namespace) -> None:
     flags = {k: v for k, v in vars(args).items() if k in names and v is not None}
     settings = {**(read_yaml(Path(args.config)) if args.config else {}), **flags}
     report = _print_json if args.json else _print_event
+    how = {name: getattr(args, name) for name in ("resume", "overwrite", "changed_data")}
     if args.seeds is not None:
-        found = train_seeds(args.seeds, resume=args.resume, overwrite=args.overwrite, report=report, **settings)
+        found = train_seeds(args.seeds, report=report, **how, **settings)
         if args.json:
             _print_json({"event": "result", **found.as_dict()})
         for name, numbers in ({} if args.json else found.spread).items():
             spread = ", ".join(f"{key} {mean:.3f} ± {deviation:.3f}" for key, (mean, deviation) in numbers.items())
             print(f"{name.capitalize()} over {args.seeds} seeds: {spread}")
         return
-    result = train(resume=args.resume, overwrite=args.overwrite, report=report, **settings)
+    result = train(report=report, **how, **settings)
     if args.json:
         _print_json({"event": "result", **result.as_dict()})
     else:

@@ -1,0 +1,84 @@
+"""Go on with a run: its settings, what it must find unchanged, and its state after the last step."""
+
+from itertools import islice
+from typing import Any
+
+from . import adapter
+from .config import CHANGEABLE, TrainConfig
+from .errors import UsageError
+from .files import check_space
+from .journal import DATA, Journal, data_id, record_size
+from .metric import is_function
+from .model import check_fingerprints
+from .run import Run
+from .step import replay
+
+
+def resumed_config(recorded: dict[str, Any], given: dict[str, Any]) -> TrainConfig:
+    """The recorded settings with the given ones; only those in `CHANGEABLE` may differ."""
+    config = TrainConfig.recorded(recorded, **{"adapter_path": TrainConfig.adapter_path, **given})
+    if is_function(config.objective) and "objective" not in given:
+        # A run may come from a stranger, and this would run any function it names.
+        raise UsageError(f"the run's objective is a function: give --objective {config.objective} to go on with it")
+    different = [k for k in sorted(given.keys() - CHANGEABLE) if getattr(config, k) != recorded[k]]
+    if different:
+        listed = ", ".join(f"{k} was {recorded[k]}" for k in different)
+        raise UsageError(f"a resumed run keeps its settings: {listed}")
+    return config
+
+
+def resume(run: Run, past: Journal, changed_data: bool) -> None:
+    """Restore the state after a journal's last record: from a snapshot if there is one, and by replay.
+
+    Where the best values are lost, all is replayed, and validated again on the way.
+
+    Args:
+        changed_data: go on even if the training data is not that of the last record.
+    """
+    others = {name: value for name, value in run.fingerprints.items() if name not in DATA}
+    check_fingerprints(f"the journal {past.path}", past.header["fingerprints"], others)
+    _check_data(run, past, changed_data)
+    if past.spans != run.depth.spans:
+        raise UsageError(f"{past.path} is of other trained weights: those at {past.spans}, not {run.depth.spans}")
+    if past.damage:
+        run.warn(f"{past.damage}: going on after step {len(past)}; the whole journal is kept beside it")
+    check_space(run.directory, (run.config.iters - len(past)) * record_size(past.header))
+    run.journal = past
+    if last := past.last():
+        run.config.tokens_at_once = last.tokens_at_once or None
+    best = adapter.read_best(run.directory, past.identity)
+    run.best = best if best and best.iteration <= len(past) else None
+    every = run.config.steps_per_eval
+    lost = range(0, len(past), every) if run.validates and run.best is None else ()
+    if not lost:
+        _restore(run, past)
+    for number in [*lost, len(past)]:
+        some = islice(past.records(run.done), number - run.done)
+        run.values, run.state = replay(run.optimizer, run.values, run.state, some, run.config, run.trainable.scale)
+        run.done = number
+        if number in lost:
+            run.validate()
+
+
+def _check_data(run: Run, past: Journal, changed_data: bool) -> None:
+    """Raise UsageError, or warn, if the training data is not that of the last record."""
+    recorded, last = past.header["fingerprints"], past.last()
+    if data_id(run.fingerprints) == (last.data if last else data_id(recorded)):
+        return
+    file, tokens = (recorded.get(name) == run.fingerprints.get(name) for name in DATA)
+    what = "the chat template, or how the data is tokenized," if file and not tokens else "the training data"
+    if not changed_data:
+        raise UsageError(f"{past.path}: {what} changed since step {len(past)}; --changed-data goes on all the same")
+    run.warn(f"{what} changed: from step {len(past) + 1} on, the run is not the one that it would have been")
+
+
+def _restore(run: Run, past: Journal) -> None:
+    """Take the state of a snapshot of this run, if there is one."""
+    try:
+        snapshot = adapter.read_snapshot(run.directory)
+    except UsageError:
+        return  # the journal alone suffices
+    if snapshot.journal == past.identity and snapshot.step <= len(past):
+        state = adapter.read_optimizer_state(run.directory, snapshot, like=run.state)
+        if state is not None and snapshot.values.shape == run.trainable.everything.shape:
+            run.values, run.state, run.done = run.trainable.of(snapshot.values), state, snapshot.step
