@@ -142,6 +142,7 @@ def _form(arrays: dict[str, mx.array]) -> dict[str, Any]:
 
 
 def _save(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str]) -> None:
+    arrays = dict(sorted(arrays.items()))  # MLX's order follows from theirs: the same bytes from a resumed run
     mx.save_safetensors(str(path), arrays, {**metadata, "sha256": _checksum(arrays, metadata)})
 
 

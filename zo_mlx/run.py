@@ -184,7 +184,7 @@ class Run:
         best = adapter.read_best(self.directory, past.identity)
         self.best = best if best and best.iteration <= len(past) else None
         every = self.config.steps_per_eval
-        lost = range(every, len(past), every) if self.validates and self.best is None else ()
+        lost = range(0, len(past), every) if self.validates and self.best is None else ()
         if not lost:
             self.restore(past)
         for number in [*lost, len(past)]:
