@@ -4,9 +4,9 @@
     python tests/faults/kill_train.py --model DIR --data DIR --kills 20
 
 Runs write a snapshot every second step and validate every third one. Each process gets SIGKILL some milliseconds after
-a random number of steps that it said were done, or while it starts. Then the journal must be the uninterrupted run's,
-cut off after the last step that was said to be done, or later; and when the run has ended, all files must be the same,
-byte by byte. Returns 1 if not.
+a random number of steps that it said were done, while it starts, or when it then writes a snapshot. Then the journal
+must be the uninterrupted run's, cut off after the last step that was said to be done, or later; and when the run has
+ended, all files must be the same, byte by byte. Returns 1 if not.
 """
 
 import argparse
@@ -38,8 +38,11 @@ def train(settings: dict[str, Any], events: Connection) -> None:
     zo_mlx.train(resume=adapter.has_run(Path(settings["adapter_path"])), report=events.send, **settings)
 
 
-def killed(settings: dict[str, Any], steps: float, wait: float) -> list[dict[str, Any]] | None:
+def killed(settings: dict[str, Any], steps: float, wait: float, writing: bool = False) -> list[dict[str, Any]] | None:
     """Run a process and kill it so many seconds after it has said so many steps are done.
+
+    Args:
+        writing: and after a file is seen that is being written beside the one it will replace.
 
     Returns:
         Its events, or None if it came to its end. Raises RuntimeError if it failed.
@@ -52,6 +55,8 @@ def killed(settings: dict[str, Any], steps: float, wait: float) -> list[dict[str
     try:
         while sum(e["event"] == "train" for e in found) < steps:
             found.append(events.recv())
+        while writing and process.is_alive() and not list(Path(settings["adapter_path"]).rglob(".*")):
+            time.sleep(1e-4)
         time.sleep(wait)
         process.kill()
         while True:
@@ -137,9 +142,9 @@ def main() -> int:
             died = 0
             while True:
                 steps = rng.randrange(settings["iters"] // 4) if kills < args.kills else float("inf")
-                # Half of the kills soon after a step is done, when snapshots are written.
-                wait = rng.uniform(0, whole[kind].start if steps == 0 else rng.choice([1, 0.2]) * whole[kind].step)
-                events = killed({**settings, **KINDS[kind]}, steps, wait)
+                writing = kills < args.kills and rng.random() < 0.4
+                wait = rng.uniform(0, 5e-4 if writing else whole[kind].start if steps == 0 else whole[kind].step)
+                events = killed({**settings, **KINDS[kind]}, steps, wait, writing)
                 if events is None:
                     break
                 kills += 1
