@@ -17,7 +17,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from .errors import UsageError
-from .files import load_safetensors, write_atomically
+from .files import load_safetensors, reporting_disk_errors, write_atomically
 from .journal import FILE_NAME as JOURNAL
 
 VALUES = "values.safetensors"
@@ -71,7 +71,8 @@ def write_snapshot(directory: Path, snapshot: Snapshot, state: dict[str, Any]) -
 
 def write_best(directory: Path, snapshot: Snapshot) -> None:
     """Write the values with the lowest validation loss, in place of those before, if there are any."""
-    (directory / BEST).mkdir(exist_ok=True)
+    with reporting_disk_errors(directory / BEST):
+        (directory / BEST).mkdir(exist_ok=True)
     _write_values(directory / BEST, snapshot)
 
 
@@ -142,6 +143,7 @@ def _form(arrays: dict[str, mx.array]) -> dict[str, Any]:
 
 
 def _save(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str]) -> None:
+    arrays = dict(sorted(arrays.items()))  # MLX's order follows from theirs: the same bytes from a resumed run
     mx.save_safetensors(str(path), arrays, {**metadata, "sha256": _checksum(arrays, metadata)})
 
 
