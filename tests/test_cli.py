@@ -76,7 +76,12 @@ def test_flags_take_precedence_over_yaml_and_yaml_over_defaults(
         ("train --model {tmp}/none --data {data} --adapter-path {tmp}/a", 2, "no such model"),
         ("train --model {tmp}/empty --data {data} --adapter-path {tmp}/a", 2, "config.json is missing"),
         ("train --model {plain} --data {data} --adapter-path {tmp}/a", 2, "has no sensitive index"),
-        ("train --model {model} --data {tmp}/none --adapter-path {tmp}/a", 2, "no such data file"),
+        ("train --model {model} --data {tmp}/none --adapter-path {tmp}/a", 2, "no such data: "),
+        (
+            "train --model {model} --data no-such/data-set --adapter-path {tmp}/a",
+            1,
+            "no-such/data-set: the dataset cannot be loaded",
+        ),
         ("train --model {model} --data {broken} --adapter-path {tmp}/a", 2, "train.jsonl, line 2: not JSON"),
         ("train --model {model} --data {data} --adapter-path {tmp}/a --batch-size 64", 2, "fewer than --batch-size"),
         ("train --model {model} --data {data} --adapter-path {tmp}/a --max-seq-length 4", 2, "more than fit"),
@@ -108,7 +113,8 @@ def test_bad_input_is_one_clear_line_and_the_right_exit_code(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # as on a machine with no network
+    for package in ("huggingface_hub.constants", "datasets.config"):  # as on a machine with no network
+        monkeypatch.setattr(f"{package}.HF_HUB_OFFLINE", True)
     (tmp_path / "empty").mkdir()
     shutil.copytree(tiny, tmp_path / "plain", ignore=shutil.ignore_patterns("sensitive*"))
     shutil.copytree(tiny, tmp_path / "cut")

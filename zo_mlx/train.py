@@ -14,6 +14,7 @@ from .memory import bounded_cache, held_below
 from .metric import is_function
 from .result import TrainResult
 from .run import Report, Run
+from .tracking import followed
 
 
 def train(
@@ -53,6 +54,7 @@ def train(
             held.enter_context(locked(directory))
             past = journal.Journal.read(directory / journal.FILE_NAME)
             run = Run(_resumed_config(past.header["config"], settings), report or _print_warning, progress)
+            run.report = followed(run.report, run.config)
             run.resume(past)
         else:
             if not overwrite:
@@ -63,6 +65,7 @@ def train(
             held.enter_context(locked(directory))
             if not overwrite:
                 _refuse_run(directory)  # another process may have begun one while the model was loading
+            run.report = followed(run.report, run.config)
             run.start()
         held.enter_context(run.journal.open())
         limit = run.config.memory_limit
