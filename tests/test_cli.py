@@ -1,6 +1,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -157,12 +159,29 @@ def test_a_chat_template_that_fails_is_one_clear_line(
 
 
 def test_help_shows_defaults_where_there_are_any(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("convert", "train", "evaluate", "generate", "info"):
+    for command in ("convert", "train", "evaluate", "generate", "chat", "server", "info"):
         with pytest.raises(SystemExit):
             main([command, "--help"])
         text = capsys.readouterr().out
         assert "(default: None)" not in text
         assert "(default: False)" not in text
+
+
+def test_completion_is_a_script_for_the_shell(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit) as e:
+        main(["--print-completion", "bash"])
+    assert e.value.code == 0
+    words = 'COMP_WORDS=(zo-mlx train --max-s); COMP_CWORD=2; _shtab_zo_mlx; echo "${COMPREPLY[@]}"'
+    script = capsys.readouterr().out + words
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert done.stdout.split() == ["--max-seq-length"]
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    with pytest.raises(SystemExit) as e:
+        main(["--print-completion", "zsh"])
+    assert e.value.code == 2
+    assert "needs the package shtab: pip install 'zo-mlx[completion]'" in capsys.readouterr().err
 
 
 def test_what_a_run_decides_is_said(capsys: pytest.CaptureFixture[str]) -> None:

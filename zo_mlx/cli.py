@@ -3,19 +3,36 @@
 import argparse
 import signal
 import sys
+from typing import Any
 
 from . import __version__
-from .commands import convert, evaluate, generate, info, train
+from .commands import chat, convert, evaluate, generate, info, server, train
 from .errors import ZoError
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="zo-mlx", description=__import__("zo_mlx").__doc__)
     parser.add_argument("--version", action="version", version=f"zo-mlx {__version__}")
+    parser.add_argument(
+        "--print-completion",
+        action=_PrintCompletion,
+        choices=("bash", "zsh", "tcsh"),
+        help="Print a script for the shell's completion.",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for module in (convert, train, evaluate, generate, info):
+    for module in (convert, train, evaluate, generate, chat, server, info):
         module.add(commands)
     return parser
+
+
+class _PrintCompletion(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
+        try:
+            import shtab
+        except ImportError:
+            parser.error(f"{option} needs the package shtab: pip install 'zo-mlx[completion]'")
+        print(shtab.complete(parser, values))
+        parser.exit()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model, load_tokenizer
@@ -127,14 +128,27 @@ def load(path: str | Path, adapter_path: str | Path | None = None) -> tuple[nn.M
     if adapter_path is None:
         model, config = load_stock_model(directory)
         return prepare(model), load_tokenizer_of(directory, config)
-    snapshot = read_snapshot(Path(adapter_path))
     sparse, tokenizer, index, _ = load_sparse(directory)
+    sparse.set_values(read_values(Path(adapter_path), directory, index)[None])
+    return sparse.model, tokenizer
+
+
+def read_values(adapter_path: Path, directory: Path, index: SensitiveIndex) -> mx.array:
+    """An adapter's values, (K,) float32.
+
+    Args:
+        directory: of the model that it must have been trained on.
+        index: that model's.
+
+    Raises:
+        UsageError: the adapter is damaged or belongs to another model or index.
+    """
+    snapshot = read_snapshot(adapter_path)
     actual = {"base_model": index.metadata["base_model"], "index": sha256(directory / INDEX)}
     if changed := [k for k, v in actual.items() if snapshot.fingerprints.get(k) != v]:
         raise UsageError(f"the adapter {adapter_path} was trained on another model: {' and '.join(changed)} differs")
-    if snapshot.values.size != sparse.size:
+    if snapshot.values.size != index.size:
         raise UsageError(
-            f"the adapter {adapter_path} is damaged: it has {snapshot.values.size} values, not {sparse.size}"
+            f"the adapter {adapter_path} is damaged: it has {snapshot.values.size} values, not {index.size}"
         )
-    sparse.set_values(snapshot.values[None])
-    return sparse.model, tokenizer
+    return snapshot.values
