@@ -2,11 +2,13 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import write_jsonl
 from mlx_lm import lora as mlx_lora
 
+import zo_mlx
 from zo_mlx.cli import main
 from zo_mlx.config import TrainConfig
 from zo_mlx.errors import UsageError
@@ -288,3 +290,29 @@ def test_the_table_has_all_of_mlx_lms_options_and_no_others() -> None:
     for name, meaning in table.items():
         assert (meaning == "no") == (name in NOT_HERE or name == "resume_adapter_file"), name
         assert meaning == "no" or name in ours or name in CHECKED, name
+
+
+@pytest.mark.parametrize(("optimizer", "low"), [("sgd", 1e-5), ("adam", 1e-7)])
+def test_a_rate_far_too_low_is_doubted_once(
+    optimizer: str, low: float, spread: Path, choice_data: Path, tmp_path: Path
+) -> None:
+    """Against the rate that a run with the same seed chooses; schedules count by their highest rate."""
+
+    def warnings(number: int, **settings: object) -> tuple[list[str], list[float]]:
+        events: list[dict[str, Any]] = []
+        more = {"iters": 5, "val_batches": 0, "steps_per_report": 1, "optimizer": optimizer, **settings}
+        places = {"model": str(spread), "data": str(choice_data), "adapter_path": str(tmp_path / str(number))}
+        zo_mlx.train(**places, **more, report=events.append, progress=False)  # type: ignore[arg-type]
+        return [e["message"] for e in events if e["event"] == "warning"], [
+            e["learning_rate"] for e in events if e["event"] == "train"
+        ]
+
+    none, rates = warnings(0, epsilon=1e-3)
+    chosen = rates[2]  # 7 directions a step, 16 are measured first
+    assert (none, chosen > 0, rates[:2]) == ([], True, [0, 0])
+    (doubt,) = warnings(1, learning_rate=low)[0]
+    assert f"the learning rate, {low:.1e}, is far below the {chosen:.1e} that would be chosen" in doubt
+    assert warnings(2, learning_rate=chosen / 9)[0] == []
+    warm = {"name": "linear_schedule", "arguments": [0.0, chosen / 9, 5]}
+    assert warnings(3, lr_schedule=warm)[0] == []
+    assert len(warnings(4, lr_schedule={**warm, "arguments": [0.0, chosen / 11, 5]})[0]) == 1

@@ -86,7 +86,7 @@ def understood(settings: Mapping[str, Any], source: str, left_out: tuple[str, ..
         reasons.append(f"optimizer {taken.pop('optimizer')} (it is for matrices; there are {', '.join(OPTIMIZERS)})")
     if rates := [key for key in left_out if key in settings]:
         said = " and ".join(f"{k} {settings[k]}" if k == "learning_rate" else k for k in rates)
-        reasons.append(f"{said} (made for LoRA; the rate follows from the slopes, or give --learning-rate)")
+        reasons.append(f"{said} (made for LoRA; zo-mlx finds its own, or give --learning-rate)")
     if unknown := sorted(settings.keys() - known - NOT_HERE.keys() - set(CHECKED)):
         _warn(f"{source}: zo-mlx has no settings {', '.join(unknown)}; they are ignored")
     if reasons:

@@ -283,6 +283,8 @@ class Run:
                     self.values, self.state, self.done = values, state, number
                     if news:
                         self.report({**news, "iteration": number})
+                    if doubt := self.optimizer.doubt(record):
+                        self.warn(doubt)
                     meter.add(time.perf_counter() - started, record.loss, examples)
                     bar.advance()
                     if number % config.steps_per_report == 0 or number == config.iters:
