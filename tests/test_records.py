@@ -46,6 +46,9 @@ def test_a_dataset_of_the_hub_is_trained_on_and_evaluated(
         result = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert main(["train", *words, "--iters", "3", "--val-batches", "1", "--resume"]) == 0
         capsys.readouterr()
+        if number == 1:  # the journal may be a stranger's: on its own it makes nothing go to the network
+            assert main(["train", "--adapter-path", out, "--iters", "4", "--resume"]) == 2
+            assert "give --data some-one/questions to go on" in capsys.readouterr().err
         assert main(["evaluate", *words]) == 0
         results.append([result["train_loss"], result["after"], result["test"], json.loads(capsys.readouterr().out)])
     assert results[0] == results[1]

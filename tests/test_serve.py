@@ -251,6 +251,6 @@ def test_generate_is_mlx_lms(
     messages = [{"role": "system", "content": "no"}, {"role": "user", "content": PROMPT}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert said == zo_mlx.generate(model, tokenizer, prompt, max_tokens=8)
-    for wrong in (["--chat-template-config", "{"], ["--min-p", "2", "--temp", "1"]):
-        assert main([*words, *wrong]) == 2
+    for wrong in (["--chat-template-config", "{"], ["--chat-template-config", "[1]"], ["--min-p", "2", "--temp", "1"]):
+        assert main([*words[:-1], *wrong]) == 2
         assert "zo-mlx: error: " in capsys.readouterr().err.splitlines()[-1]

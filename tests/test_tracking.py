@@ -16,8 +16,8 @@ def _service(calls: list[Any]) -> SimpleNamespace:
 
 
 def _train(tiny: Path, data: Path, out: Path, **more: Any) -> None:
-    settings = {"iters": 2, "batch_size": 4, "steps_per_report": 1, "val_batches": 1, "progress": False}
-    zo_mlx.train(model=str(tiny), data=str(data), adapter_path=str(out), report=lambda _: None, **settings, **more)
+    settings = {"iters": 2, "batch_size": 4, "steps_per_report": 1, "val_batches": 1, "progress": False, **more}
+    zo_mlx.train(model=str(tiny), data=str(data), adapter_path=str(out), report=lambda _: None, **settings)
 
 
 def test_services_get_what_mlx_lm_sends_them(
@@ -40,6 +40,8 @@ def test_services_get_what_mlx_lm_sends_them(
     assert {"val_loss", "val_accuracy"} < val.keys()
     assert {"train_loss", "learning_rate", "iterations_per_second", "tokens_per_second", "peak_memory"} < first.keys()
     assert "test_loss" in test
+    _train(tiny, choice_data, out, resume=True, iters=3)  # a journal may be a stranger's
+    assert len(calls["wandb"]) == 5
 
 
 def test_a_service_that_is_not_there_stops_a_run_before_it_begins(

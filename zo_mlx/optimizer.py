@@ -106,8 +106,8 @@ class Optimizer:
         if TOO_LOW * self._highest >= rate:
             return None
         return (
-            f"the learning rate, {self._highest:.1e}, is far below the {rate:.1e} that would be chosen from these slopes: "
-            "the run will hardly learn. Without --learning-rate or lr_schedule, it is chosen"
+            f"the learning rate, {self._highest:.1e}, is far below the {rate:.1e} that would be chosen: the run will "
+            "hardly learn. Leave --learning-rate and lr_schedule out to have it chosen"
         )
 
     def apply(

@@ -94,8 +94,13 @@ def read_file(path: Path, features: Mapping[str, str] = FEATURES) -> Records:
     return found
 
 
+def is_hub_id(data: str) -> bool:
+    """Whether data come from the hub: there is no such directory, and it could be the name of a dataset there."""
+    return not Path(data).is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", data) is not None
+
+
 def _of_hub(name: str, features: Mapping[str, str]) -> dict[str, Records]:
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if not is_hub_id(name):
         raise UsageError(f"no such data: {name} is neither a directory nor the hub id of a dataset like name/dataset")
     return _loaded(name, lambda: load_hf_dataset(name, None, SimpleNamespace(**features)), features)  # type: ignore[arg-type]
 

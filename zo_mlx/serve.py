@@ -158,8 +158,9 @@ def serve(args: argparse.Namespace) -> None:
     generator = ResponseGenerator(provider, LRUPromptCache(args.prompt_cache_size))
     try:
         provider.opened.result()
-        _run_http_server(args.host, args.port, generator, handler_class=Handler)
-    except OSError as e:
-        raise ZoError(f"cannot listen on {args.host}, port {args.port}: {e.strerror}") from None
+        try:
+            _run_http_server(args.host, args.port, generator, handler_class=Handler)
+        except OSError as e:
+            raise ZoError(f"cannot listen on {args.host}, port {args.port}: {e.strerror}") from None
     finally:
         generator.stop_and_join()

@@ -12,6 +12,7 @@ from .errors import UsageError
 from .files import locked, reporting_disk_errors
 from .memory import bounded_cache, held_below
 from .metric import is_function
+from .records import is_hub_id
 from .result import TrainResult
 from .run import Report, Run
 from .tracking import followed
@@ -84,11 +85,16 @@ def _resumed_config(recorded: dict[str, Any], given: dict[str, Any]) -> TrainCon
     """The recorded settings with the given ones; only those in `CHANGEABLE` may differ."""
     if set(recorded) != {f.name for f in fields(TrainConfig)}:
         raise UsageError("the run to resume was made by another version of zo-mlx: its settings are not this one's")
-    config = TrainConfig(**{**recorded, "adapter_path": TrainConfig.adapter_path, **given})
+    own = {"adapter_path": TrainConfig.adapter_path, "report_to": None}
+    config = TrainConfig(**{**recorded, **own, **given})
     config.check()
     if is_function(config.objective) and "objective" not in given:
-        # A run may come from a stranger, and this would run any function it names.
+        # A run may come from a stranger: it is not to say what functions run, or what is fetched or sent.
         raise UsageError(f"the run's objective is a function: give --objective {config.objective} to go on with it")
+    if config.hf_dataset is not None and "hf_dataset" not in given:
+        raise UsageError("the run's data are of hf_dataset blocks: give their file with --config to go on with it")
+    if is_hub_id(config.data) and config.hf_dataset is None and "data" not in given:
+        raise UsageError(f"the run's data are of the hub: give --data {config.data} to go on with it")
     different = [k for k in sorted(given.keys() - CHANGEABLE) if getattr(config, k) != recorded[k]]
     if different:
         listed = ", ".join(f"{k} was {recorded[k]}" for k in different)

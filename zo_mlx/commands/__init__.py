@@ -60,7 +60,7 @@ def run_stock(command: ModuleType, parser: argparse.ArgumentParser, args: argpar
             command.main()
     except TemplateError as e:
         raise UsageError(f"the model's chat template fails: {e}") from None
-    except ValueError as e:
+    except (ValueError, TypeError) as e:
         raise UsageError(str(e)) from None
 
 

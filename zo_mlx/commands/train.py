@@ -10,7 +10,7 @@ from typing import Any
 from .. import train, train_seeds
 from ..adapter import BEST
 from ..config import TrainConfig, value_type
-from ..lora import CHECKED, NOT_HERE, read_yaml, understood
+from ..lora_settings import CHECKED, NOT_HERE, read_yaml, understood
 from ..progress import print_line
 from . import add_command
 

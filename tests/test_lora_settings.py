@@ -13,7 +13,7 @@ from zo_mlx.cli import main
 from zo_mlx.config import TrainConfig
 from zo_mlx.errors import UsageError
 from zo_mlx.journal import Journal
-from zo_mlx.lora import CHECKED, NOT_HERE, read_yaml
+from zo_mlx.lora_settings import CHECKED, NOT_HERE, read_yaml
 
 ROOT = Path(__file__).parents[1]
 
@@ -281,7 +281,7 @@ def test_mlx_lms_flags_are_taken_and_those_without_effect_named(
 
 def test_the_table_has_all_of_mlx_lms_options_and_no_others() -> None:
     """docs/mlx-lm.md against the installed mlx_lm.lora: flags, YAML keys, and what zo-mlx makes of each."""
-    rows = re.findall(r"^\| `([a-z-]+)` \| (.*?) \|", (ROOT / "docs/mlx-lm.md").read_text(), re.M)
+    rows = re.findall(r"^\| `([a-z][a-z-]*)` \| (.*?) \|", (ROOT / "docs/mlx-lm.md").read_text(), re.M)
     table = {name.replace("-", "_"): ours for name, ours in rows}
     flags = {action.dest for action in mlx_lora.build_parser()._actions} - {"help"}
     from_yaml = {"hf_dataset", "prompt_feature", "completion_feature", "chat_feature", "text_feature"}
