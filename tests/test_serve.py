@@ -141,6 +141,7 @@ def test_what_was_computed_of_a_prompt_is_not_taken_for_another_adapter(
         ({"model": "/etc"}, "there is no model /etc here"),
         ({"model": "mlx-community/SmolLM-135M-4bit"}, "there is no model mlx-community/SmolLM-135M-4bit here"),
         ({"model": "{second}"}, "there is no model {second} here"),
+        ({"messages": [], "chat_template_kwargs": {"chat_template": "x"}}, "a chat template is a program"),
         ({"draft_model": "mlx-community/SmolLM-135M-4bit"}, "there is no draft model"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "{url}"}}]}]},

@@ -125,12 +125,14 @@ class Provider(ModelProvider):  # type: ignore[misc]
 
 
 class Handler(APIHandler):  # type: ignore[misc]
-    """mlx-lm's, without images, which it would fetch from wherever a request says, and with its own list of models."""
+    """mlx-lm's, with its own list of models, and without what a request could make it fetch or run."""
 
     def handle_chat_completions(self) -> Any:
+        if "chat_template" in (self.chat_template_kwargs or {}):
+            raise ValueError("a chat template is a program, and is not taken from a request")
         for message in self.body["messages"]:
             if isinstance(content := message.get("content"), list) and any(p["type"] != "text" for p in content):
-                raise ValueError("only content of type text is taken")
+                raise ValueError("only content of type text is taken")  # images are fetched from wherever it says
         return super().handle_chat_completions()
 
     def handle_models_request(self) -> None:
