@@ -22,6 +22,8 @@ from .errors import UsageError, ZoError
 from .model import load, load_sparse, read_values
 from .sparse import SparseModel
 
+# Of mlx-lm's settings, those that `zo-mlx server` has no flags for.
+LEFT_OUT = {"trust_remote_code": False, "pipeline": False, "draft_model": None, "num_draft_tokens": 0}
 DEFAULT = "default_model"  # mlx-lm's name for the model of requests that name none
 
 
@@ -59,12 +61,11 @@ class Provider(ModelProvider):  # type: ignore[misc]
 
     model: Any
     tokenizer: Any
-    draft_model: Any
     model_key: Any
 
     def __init__(self, args: argparse.Namespace):
         paths, default = named(args.adapter_path)
-        super().__init__(argparse.Namespace(**{**vars(args), "trust_remote_code": False, "pipeline": False}))
+        super().__init__(argparse.Namespace(**{**vars(args), **LEFT_OUT}))
         self._paths = paths
         self._sparse: SparseModel | None = None
         self._values: dict[str | None, mx.array | None] = {None: None}
@@ -90,16 +91,11 @@ class Provider(ModelProvider):  # type: ignore[misc]
         if args.chat_template:
             ends = list(self._tokenizer.eos_token_ids)
             self._tokenizer = load_tokenizer(directory, self._tokenizer_config, eos_token_ids=ends)
-        self._draft = None
-        if args.draft_model:
-            self._draft, tokenizer = load(args.draft_model)
-            if tokenizer.vocab_size != self._tokenizer.vocab_size:
-                raise UsageError(f"the draft model {args.draft_model} has another vocabulary than {args.model}")
 
     def reset(self) -> None:
         """Let everything go. mlx-lm calls this at the end, in the thread that generates."""
         super().reset()
-        del self._model, self._sparse, self._draft
+        del self._model, self._sparse
         mx.clear_streams()  # a thread's streams that outlive it abort the process
 
     def load(
@@ -113,14 +109,13 @@ class Provider(ModelProvider):  # type: ignore[misc]
             raise ValueError(f"there is no adapter {name} here, but {', '.join(filter(None, self._values)) or 'none'}")
         if draft_model_path not in (None, DEFAULT):
             raise ValueError(f"there is no draft model {draft_model_path} here")
-        key = (self.cli_args.model, name, draft_model_path and self.cli_args.draft_model)
+        key = (self.cli_args.model, name, None)
         if key != self.model_key:
             if self._sparse:
                 values = self._values[name]
                 self._sparse.set_values(None if values is None else values[None])
             self.model, self.tokenizer, self.model_key = self._model, self._tokenizer, key
-            self.draft_model = self._draft if draft_model_path else None
-            self.is_batchable = not self.draft_model and all(hasattr(c, "merge") for c in make_prompt_cache(self.model))
+            self.is_batchable = all(hasattr(cache, "merge") for cache in make_prompt_cache(self.model))
         return self.model, self.tokenizer
 
 

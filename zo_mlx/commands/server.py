@@ -9,8 +9,9 @@ import mlx_lm.server as stock
 from ..serve import serve
 from . import add_command, add_stock
 
-# One machine, no code that comes with a model; transformers have no default templates any more.
-WITHOUT = {"--pipeline", "--trust-remote-code", "--use-default-chat-template"}
+# One machine, no code that comes with a model; transformers have no default templates any more. With a draft model,
+# mlx-lm's server gives another answer when it is asked the same again.
+WITHOUT = {"--pipeline", "--trust-remote-code", "--use-default-chat-template", "--draft-model", "--num-draft-tokens"}
 
 
 def add(commands: Any) -> None:
