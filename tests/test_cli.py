@@ -168,15 +168,18 @@ def test_help_shows_defaults_where_there_are_any(capsys: pytest.CaptureFixture[s
 
 
 def test_completion_is_a_script_for_the_shell(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(SystemExit) as e:
         main(["--print-completion", "bash"])
     assert e.value.code == 0
-    words = 'COMP_WORDS=(zo-mlx train --max-s); COMP_CWORD=2; _shtab_zo_mlx; echo "${COMPREPLY[@]}"'
-    script = capsys.readouterr().out + words
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
-    assert done.stdout.split() == ["--max-seq-length"]
+    (tmp_path / "my_data").mkdir()
+    script = capsys.readouterr().out
+    for words, completed in (("train --max-s", "--max-seq-length"), ("train --data my", "my_data"), ("cha", "chat")):
+        typed = ["zo-mlx", *words.split()]
+        ask = f'COMP_WORDS=({" ".join(typed)}); COMP_CWORD={len(typed) - 1}; _shtab_zo_mlx; echo "${{COMPREPLY[@]}}"'
+        done = subprocess.run(["bash", "-c", script + ask], capture_output=True, text=True, cwd=tmp_path)
+        assert done.stdout.split() == [completed]
     monkeypatch.setitem(sys.modules, "shtab", None)
     with pytest.raises(SystemExit) as e:
         main(["--print-completion", "zsh"])

@@ -25,12 +25,32 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+# Arguments that are files or directories, which shells complete.
+PATHS = {
+    "adapter_path",
+    "calibration_data",
+    "config",
+    "data",
+    "draft_model",
+    "hf_path",
+    "mlx_path",
+    "model",
+    "path",
+    "perplexity_data",
+    "plot",
+}
+
+
 class _PrintCompletion(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
         try:
             import shtab
         except ImportError:
             parser.error(f"{option} needs the package shtab: pip install 'zo-mlx[completion]'")
+        for command in parser._subparsers._group_actions[0].choices.values():  # type: ignore[union-attr]
+            for action in command._actions:
+                if action.dest in PATHS:
+                    action.complete = shtab.FILE
         print(shtab.complete(parser, values))
         parser.exit()
 
