@@ -139,7 +139,7 @@ FILES = {
         _texts,
         "lr_schedule (made",
     ),
-    "momentum": (LORA + "optimizer: sgd\noptimizer_config:\n  sgd:\n    momentum: 0.9\n", _texts, "lora_parameters"),
+    "momentum": (LORA + "optimizer: SGD\noptimizer_config:\n  sgd:\n    momentum: 0.9\n", _texts, "lora_parameters"),
     "muon": (LORA + "optimizer: muon\noptimizer_config:\n  muon: {{}}\n", _texts, "optimizer muon (it is for"),
     "adafactor": (LORA + "optimizer: adafactor\n", _texts, "optimizer adafactor (it is for"),
     "little memory": (

@@ -82,6 +82,8 @@ def understood(settings: Mapping[str, Any], source: str, left_out: tuple[str, ..
     reasons = [
         f"{key} ({why})" for key, why in NOT_HERE.items() if settings.get(key) and settings[key] != HARMLESS.get(key)
     ]
+    if isinstance(optimizer := taken.get("optimizer"), str):
+        taken["optimizer"] = optimizer.lower()  # as mlx-lm does
     if taken.get("optimizer") in ("muon", "adafactor"):
         reasons.append(f"optimizer {taken.pop('optimizer')} (it is for matrices; there are {', '.join(OPTIMIZERS)})")
     if rates := [key for key in left_out if key in settings]:
