@@ -1,6 +1,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,7 +78,12 @@ def test_flags_take_precedence_over_yaml_and_yaml_over_defaults(
         ("train --model {tmp}/none --data {data} --adapter-path {tmp}/a", 2, "no such model"),
         ("train --model {tmp}/empty --data {data} --adapter-path {tmp}/a", 2, "config.json is missing"),
         ("train --model {plain} --data {data} --adapter-path {tmp}/a", 2, "has no sensitive index"),
-        ("train --model {model} --data {tmp}/none --adapter-path {tmp}/a", 2, "no such data file"),
+        ("train --model {model} --data {tmp}/none --adapter-path {tmp}/a", 2, "no such data: "),
+        (
+            "train --model {model} --data no-such/data-set --adapter-path {tmp}/a",
+            1,
+            "no-such/data-set: the dataset cannot be loaded",
+        ),
         ("train --model {model} --data {broken} --adapter-path {tmp}/a", 2, "train.jsonl, line 2: not JSON"),
         ("train --model {model} --data {data} --adapter-path {tmp}/a --batch-size 64", 2, "fewer than --batch-size"),
         ("train --model {model} --data {data} --adapter-path {tmp}/a --max-seq-length 4", 2, "more than fit"),
@@ -108,7 +115,8 @@ def test_bad_input_is_one_clear_line_and_the_right_exit_code(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # as on a machine with no network
+    for package in ("huggingface_hub.constants", "datasets.config"):  # as on a machine with no network
+        monkeypatch.setattr(f"{package}.HF_HUB_OFFLINE", True)
     (tmp_path / "empty").mkdir()
     shutil.copytree(tiny, tmp_path / "plain", ignore=shutil.ignore_patterns("sensitive*"))
     shutil.copytree(tiny, tmp_path / "cut")
@@ -151,12 +159,32 @@ def test_a_chat_template_that_fails_is_one_clear_line(
 
 
 def test_help_shows_defaults_where_there_are_any(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("convert", "train", "evaluate", "generate", "info"):
+    for command in ("convert", "train", "evaluate", "generate", "chat", "server", "info"):
         with pytest.raises(SystemExit):
             main([command, "--help"])
         text = capsys.readouterr().out
         assert "(default: None)" not in text
         assert "(default: False)" not in text
+
+
+def test_completion_is_a_script_for_the_shell(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit) as e:
+        main(["--print-completion", "bash"])
+    assert e.value.code == 0
+    (tmp_path / "my_data").mkdir()
+    script = capsys.readouterr().out
+    for words, completed in (("train --max-s", "--max-seq-length"), ("train --data my", "my_data"), ("cha", "chat")):
+        typed = ["zo-mlx", *words.split()]
+        ask = f'COMP_WORDS=({" ".join(typed)}); COMP_CWORD={len(typed) - 1}; _shtab_zo_mlx; echo "${{COMPREPLY[@]}}"'
+        done = subprocess.run(["bash", "-c", script + ask], capture_output=True, text=True, cwd=tmp_path)
+        assert done.stdout.split() == [completed]
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    with pytest.raises(SystemExit) as e:
+        main(["--print-completion", "zsh"])
+    assert e.value.code == 2
+    assert "needs the package shtab: pip install 'zo-mlx[completion]'" in capsys.readouterr().err
 
 
 def test_what_a_run_decides_is_said(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,34 +1,10 @@
 import datetime
-from pathlib import Path
 
 import pytest
 
 import zo_mlx
-from zo_mlx.config import TrainConfig, read_yaml, resolved
+from zo_mlx.config import TrainConfig, resolved
 from zo_mlx.errors import UsageError
-
-
-def test_yaml_uses_mlx_lms_keys_and_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "lora.yaml"
-    path.write_text(
-        "model: m\ntrain: true\nlearning_rate: 1e-5\niters: 20\nnum_layers: 8\nrank: 8\nbatch_size: 8\n"
-        "lr_schedule:\n  name: cosine_decay\n  warmup: 10\n  arguments: [1e-5, 100, 1e-7]\n"
-    )
-    settings = read_yaml(path)
-    config = TrainConfig(**settings)
-    config.check()
-    assert (config.learning_rate, config.iters, config.batch_size) == (1e-5, 20, 8)
-    warning = capsys.readouterr().err.strip().splitlines()
-    assert len(warning) == 1
-    assert "no settings rank, train; they are ignored" in warning[0]
-
-
-@pytest.mark.parametrize("content", ["a: [", "just text", "- 1", "\x00"])
-def test_bad_yaml_is_refused(content: str, tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text(content)
-    with pytest.raises(UsageError, match=r"c\.yaml") as e:
-        read_yaml(tmp_path / "c.yaml")
-    assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -9,11 +10,22 @@ from mlx_lm.tuner.datasets import CacheDataset, load_local_dataset
 from mlx_lm.tuner.trainer import iterate_batches
 
 from zo_mlx.batches import batch_order
-from zo_mlx.data import Example, load_dataset
+from zo_mlx.data import Example, load_dataset, tokenized
 from zo_mlx.errors import UsageError
 from zo_mlx.objective import collate
+from zo_mlx.records import FEATURES, read_file
 
 CHOICE = {"prompt": "a?", "completion": " yes", "choices": [" yes", " no"]}
+
+
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
+# One that shows tools and calls, as those of models that use tools do.
+TOOL_CHAT = (
+    "{% if tools %}<s>tools:{{ tools | tojson }}</s>{% endif %}"
+    "{% for m in messages %}<s>{{ m.role }}:{{ m.content or '' }}{{ m.tool_calls | tojson if m.tool_calls }}</s>"
+    "{% endfor %}{% if add_generation_prompt %}<s>assistant:{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -21,26 +33,49 @@ def tokenizer() -> TokenizerWrapper:
     return TokenizerWrapper(byte_tokenizer())
 
 
-@pytest.mark.parametrize(
-    ("field", "mask_prompt"),
-    [("text", False), ("prompt", False), ("prompt", True), ("messages", False), ("messages", True)],
-)
-def test_tokens_and_masks_equal_mlx_lms(
-    field: str, mask_prompt: bool, tmp_path: Path, tokenizer: TokenizerWrapper
-) -> None:
-    """Rows, targets and loss mask are those of mlx-lm's trainer, but for the padding token it counts after the end."""
-    records: list[dict[str, object]] = {
-        "text": [{"text": "hello there"}, {"text": "a longer text, é"}],
-        "prompt": [{"prompt": "hi", "completion": "yes"}, {"prompt": "how are you", "completion": "well"}],
-        "messages": [
-            {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
-            {"messages": [{"role": "user", "content": "qq"}, {"role": "assistant", "content": "aaa"}]},
-        ],
-    }[field]
-    path = write_jsonl(tmp_path / "train.jsonl", records)
+RECORDS: dict[str, list[dict[str, object]]] = {
+    "text": [{"text": "hello there"}, {"text": "a longer text, é"}],
+    "completions": [{"prompt": "hi", "completion": "yes"}, {"prompt": "how are you", "completion": ""}],
+    "completions with tools": [{"prompt": "hi", "completion": "yes", "tools": [TOOL]}],
+    "features": [{"prompt": "no", "q": "why", "a": "so"}, {"q": "who", "a": "he", "completion": "no"}],
+    "chat": [
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "prompt": "q"},
+        {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "no answer"}]},
+    ],
+    "tools": [
+        {
+            "messages": [
+                {"role": "user", "content": "rain?"},
+                {"role": "assistant", "content": None, "tool_calls": [CALL]},
+                {"role": "tool", "content": "no"},
+                {"role": "assistant", "content": "No."},
+            ],
+            "tools": [TOOL],
+        },
+        {
+            "messages": [
+                {"role": "user", "content": "?"},
+                {"role": "assistant", "content": None, "tool_calls": [CALL]},
+            ],
+            "tools": [TOOL],
+        },
+    ],
+}
 
-    ours = load_dataset(path, tokenizer, max_length=512, mask_prompt=mask_prompt).examples
-    config = type("Config", (), {"mask_prompt": mask_prompt})
+
+@pytest.mark.parametrize("mask_prompt", [False, True])
+@pytest.mark.parametrize("kind", RECORDS)
+def test_tokens_and_masks_equal_mlx_lms(kind: str, mask_prompt: bool, tmp_path: Path) -> None:
+    """Rows, targets and loss mask are those of mlx-lm's trainer, but for the padding token it counts after the end."""
+    if kind == "text" and mask_prompt:
+        pytest.skip("mlx-lm refuses it, too")
+    hf_tokenizer = byte_tokenizer()
+    hf_tokenizer.chat_template = TOOL_CHAT
+    tokenizer, records = TokenizerWrapper(hf_tokenizer), RECORDS[kind]
+    names = {"prompt_feature": "q", "completion_feature": "a"} if kind == "features" else {}
+    path = write_jsonl(tmp_path / "train.jsonl", records)
+    ours = tokenized(read_file(path, {**FEATURES, **names}), tokenizer, 512, mask_prompt).examples
+    config = SimpleNamespace(mask_prompt=mask_prompt, **names)
     theirs = CacheDataset(load_local_dataset(tmp_path, tokenizer, config)[0])
 
     for example, record in zip(ours, records, strict=True):
@@ -125,7 +160,7 @@ def test_batches_have_the_labels_of_the_whole_set() -> None:
             '{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": "b", "choices": ["b", "c"]}\n',
             "line 2: has",
         ),
-        ('{"prompt": "a", "completion": 3}\n', "line 1: field 'completion' must be a non-empty string"),
+        ('{"prompt": "a", "completion": 3}\n', "line 1: field 'completion' must be a string"),
         ('{"text": "a\\ud800"}\n', "line 1: holds half a surrogate pair"),
         ('{"text": "a"}\n\n{"text": ""}\n', "line 3: field 'text' must be a non-empty string"),
         ('{"messages": []}\n', "line 1: field 'messages' must be a non-empty list"),

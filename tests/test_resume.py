@@ -54,7 +54,7 @@ def test_a_run_is_not_overwritten_unasked(tiny: Path, choice_data: Path, tmp_pat
     with pytest.raises(UsageError, match="already holds a run; give --resume .* or --overwrite"):
         _train(tiny, choice_data, out, seed=1)
     assert (out / "journal").read_bytes() == before
-    with pytest.raises(UsageError, match="no such data file"):  # found before anything is removed
+    with pytest.raises(UsageError, match="no such data"):  # found before anything is removed
         _train(tiny, tmp_path / "nowhere", out, overwrite=True)
     assert (out / "journal").read_bytes() == before
     _train(tiny, choice_data, out, seed=1, overwrite=True)

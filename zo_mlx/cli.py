@@ -3,19 +3,56 @@
 import argparse
 import signal
 import sys
+from typing import Any
 
 from . import __version__
-from .commands import convert, evaluate, generate, info, replay, train
+from .commands import chat, convert, evaluate, generate, info, replay, server, train
 from .errors import ZoError
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="zo-mlx", description=__import__("zo_mlx").__doc__)
     parser.add_argument("--version", action="version", version=f"zo-mlx {__version__}")
+    parser.add_argument(
+        "--print-completion",
+        action=_PrintCompletion,
+        choices=("bash", "zsh", "tcsh"),
+        help="Print a script for the shell's completion.",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for module in (convert, train, evaluate, generate, replay, info):
+    for module in (convert, train, evaluate, generate, chat, server, replay, info):
         module.add(commands)
     return parser
+
+
+# Arguments that are files or directories, which shells complete.
+PATHS = {
+    "adapter_path",
+    "calibration_data",
+    "config",
+    "data",
+    "draft_model",
+    "hf_path",
+    "mlx_path",
+    "model",
+    "path",
+    "perplexity_data",
+    "plot",
+}
+
+
+class _PrintCompletion(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
+        try:
+            import shtab
+        except ImportError:
+            parser.error(f"{option} needs the package shtab: pip install 'zo-mlx[completion]'")
+        for command in parser._subparsers._group_actions[0].choices.values():  # type: ignore[union-attr]
+            for action in command._actions:
+                if action.dest in PATHS:
+                    action.complete = shtab.FILE
+        print(shtab.complete(parser, values))
+        parser.exit()
 
 
 def main(argv: list[str] | None = None) -> int:

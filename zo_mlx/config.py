@@ -3,22 +3,19 @@
 import dataclasses
 import json
 import math
-import re
 import sys
 import types
 import typing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.optimizers as optim
-import yaml
 from mlx_lm.tuner.utils import build_schedule
 
 from .errors import UsageError
 from .estimator import ESTIMATORS, LAWS
-from .metric import CROSS_ENTROPY, check_objective, is_function
+from .metric import CROSS_ENTROPY, check_objective
 
 T = TypeVar("T")
 
@@ -35,7 +32,14 @@ class TrainConfig:
     """Settings of a training run. Names are those of `mlx_lm.lora` wherever it has the setting."""
 
     model: str = _setting("mlx_model", "Model directory made by `zo-mlx convert`.")
-    data: str = _setting("data", "Directory with {train, valid, test}.jsonl files.")
+    data: str = _setting("data", "Directory with {train, valid, test}.jsonl files, or hub id of a dataset.")
+    hf_dataset: list[dict[str, Any]] | None = _setting(
+        None, "mlx-lm's hf_dataset block or blocks, in place of data (YAML only)."
+    )
+    prompt_feature: str = _setting("prompt", "Name of the data's field with the prompt.")
+    completion_feature: str = _setting("completion", "Name of the field with the completion.")
+    chat_feature: str = _setting("messages", "Name of the field with the messages of a chat.")
+    text_feature: str = _setting("text", "Name of the field with plain text.")
     adapter_path: str = _setting("adapters", "Directory for the result.")
     seed: int = _setting(0, "Decides data order and directions.", least=0)
     batch_size: int | None = _setting(None, "Examples per step; default: 4, or 16 for exact gradients.", least=1)
@@ -128,6 +132,8 @@ class TrainConfig:
     mask_prompt: bool = _setting(False, "Leave the prompt out of the loss.")
     test: bool = _setting(False, "Evaluate on the test set after training.")
     test_batches: int = _setting(-1, "Test batches, -1 for the whole test set.", least=-1)
+    report_to: str | None = _setting(None, "Services that follow the run: wandb, swanlab or trackio, or several: a,b.")
+    project_name: str | None = _setting(None, "The run's project there.")
 
     @classmethod
     def recorded(cls, settings: dict[str, Any], **changes: Any) -> "TrainConfig":
@@ -143,6 +149,11 @@ class TrainConfig:
 
         Directions of a two-sided estimator that do not divide the batch evenly are made fewer, so that any size works.
         """
+        if self.hf_dataset is not None:
+            blocks: Any = self.hf_dataset if isinstance(self.hf_dataset, list) else [self.hf_dataset]
+            if not blocks or not all(isinstance(block, dict) for block in blocks):
+                raise UsageError(f"hf_dataset must be a block of settings, or a list of them, not {self.hf_dataset}")
+            self.hf_dataset = json.loads(json.dumps(blocks, default=str))  # as the journal will give it back
         for f in dataclasses.fields(self):
             value: Any = getattr(self, f.name)
             kind: Any = value_type(f)
@@ -256,36 +267,5 @@ def resolved(config: TrainConfig) -> TrainConfig:
 # Settings that a resumed run may change: they do not alter the sequence of updates already made.
 CHANGEABLE = {
     "model", "data", "adapter_path", "iters", "val_batches", "steps_per_report", "steps_per_eval", "patience",
-    "save_every", "test", "test_batches",
+    "save_every", "test", "test_batches", "report_to", "project_name",
 }  # fmt: skip
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Settings from a YAML file with mlx-lm's keys; keys that zo-mlx does not have are named in one warning.
-
-    Raises:
-        UsageError: the file is missing, not YAML, or not a mapping.
-    """
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except FileNotFoundError:
-        raise UsageError(f"no such config file: {path}") from None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:
-        raise UsageError(f"{path} is not readable YAML: {e}") from None
-    if not isinstance(content, dict):
-        raise UsageError(f"{path} must hold a mapping of settings, not {type(content).__name__}")
-    if is_function(str(content.get("objective"))):
-        raise UsageError(f"{path}: a function as objective is taken from --objective only, as it runs code")
-    known = {f.name for f in dataclasses.fields(TrainConfig)}
-    if unknown := sorted(str(k) for k in content if k not in known):
-        print(f"Warning: {path}: zo-mlx has no settings {', '.join(unknown)}; they are ignored", file=sys.stderr)
-    return {k: v for k, v in content.items() if k in known and v is not None}
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as mlx-lm reads it: 1e-5 is a number, which YAML 1.1 takes for a string."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
-)

@@ -1,25 +1,29 @@
-"""Training and test data: JSON lines in, token rows and targets out.
+"""Training and test data: records in, token rows and targets out.
 
-Formats are mlx-lm's (`text`, `prompt`/`completion`, `messages`), tokenized by mlx-lm's own dataset classes, and one of
-ours: `prompt`/`completion`/`choices`, where the completion is one of the choices, each appended to the prompt as it is.
+Formats are mlx-lm's (`text`, `prompt`/`completion`, `messages`, the last two with `tools` or without), tokenized by
+mlx-lm's own dataset classes, and one of ours: `prompt`/`completion`/`choices`, where the completion is one of the
+choices, each appended to the prompt as it is.
 """
 
 import hashlib
-import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Literal
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.datasets import create_dataset
 
 from .errors import UsageError
-from .files import is_text
+from .records import Record, Records, place, read_file
 
 Kind = Literal["choices", "tokens"]
+
+# The fields of mlx-lm's formats, in the order in which it looks for them.
+_FORMS = (("prompt", "completion"), ("messages",), ("text",))
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Example:
     label: int | None = None
     choices: tuple[str, ...] = ()
     truncated: bool = False
-    record: dict[str, Any] = field(default_factory=dict)
+    record: Record = field(default_factory=dict)
 
     @property
     def length(self) -> int:
@@ -100,10 +104,16 @@ class Dataset:
 def load_dataset(
     path: Path, tokenizer: TokenizerWrapper, max_length: int, mask_prompt: bool = False, answers: bool = False
 ) -> Dataset:
-    """Read, check and tokenize a data file.
+    """Read, check and tokenize a `.jsonl` file; arguments and errors are those of `tokenized`."""
+    return tokenized(read_file(path), tokenizer, max_length, mask_prompt, answers)
+
+
+def tokenized(
+    records: Records, tokenizer: TokenizerWrapper, max_length: int, mask_prompt: bool = False, answers: bool = False
+) -> Dataset:
+    """Check and tokenize records, from `read_splits` or `read_file`; at least one. Those of a file are of one format.
 
     Args:
-        path: a `.jsonl` file.
         tokenizer: the model's.
         max_length: the longest sequence, in tokens. Longer texts are cut; a prompt that leaves no room is an error.
         mask_prompt: for `prompt`/`completion` and `messages`, count only the completion's tokens (mlx-lm's flag).
@@ -111,36 +121,46 @@ def load_dataset(
             are masked.
 
     Raises:
-        UsageError: names the file, the line and the field that is wrong.
+        UsageError: names the record and the field that is wrong.
     """
-    lines = _read_lines(path)
-    first = lines[0][1]
-    if "choices" in first:
-        examples = [_choice_example(d, tokenizer, max_length, f"{path}, line {n}") for n, d in lines]
+    files = [list(group) for _, group in groupby(records, place)]
+    parts = [_tokenized_file(file, tokenizer, max_length, mask_prompt, answers) for file in files]
+    if len({part.kind for part in parts}) > 1:
+        raise UsageError("some of the data have choices and some have not: " + ", ".join(place(f[0]) for f in files))
+    return Dataset(parts[0].kind, [example for part in parts for example in part.examples])
+
+
+def _tokenized_file(
+    records: Records, tokenizer: TokenizerWrapper, max_length: int, mask_prompt: bool, answers: bool
+) -> Dataset:
+    first_place, first = records[0]
+    if first.get("choices") is not None:
+        examples = [_choice_example(record, tokenizer, max_length, where) for where, record in records]
         return Dataset("choices", examples)
-    form = next((f for f in _CHECKS if f in first), None)
+    form = next((form for form in _FORMS if all(field in first for field in form)), None)
     if form is None:
         raise UsageError(
-            f"{path}, line {lines[0][0]}: fields {sorted(first)} are none of the known formats: "
+            f"{first_place}: fields {sorted(first)} are none of the known formats: "
             "prompt/completion/choices, prompt/completion, messages, text"
         )
     mask_prompt = mask_prompt or answers
-    if form == "text" and mask_prompt:
-        raise UsageError(f"{path}: the text format has no prompts for --mask-prompt, or to be answered")
-    for number, record in lines:
-        if "choices" in record:
-            raise UsageError(f"{path}, line {number}: has choices, but line {lines[0][0]} has none")
-        _CHECKS[form](record, f"{path}, line {number}")
-        if form == "messages" and answers:
-            _check_answer(record["messages"][-1], f"{path}, line {number}")
+    if form == ("text",) and mask_prompt:
+        raise UsageError(f"{first_place}: the text format has no prompts for --mask-prompt, or to be answered")
+    for where, record in records:
+        if record.get("choices") is not None:
+            raise UsageError(f"{where}: has choices, but {first_place} has none")
+        if form == ("messages",):
+            _check_messages(record, where, answers)
+        else:
+            for field in form:  # a chat template makes something of an empty text, too
+                _text(record, field, where, may_be_empty=form != ("text",))
     dataset = create_dataset(
-        [d for _, d in lines],
+        [record for _, record in records],
         tokenizer,  # type: ignore[arg-type]
         SimpleNamespace(mask_prompt=mask_prompt),
     )
     examples = []
-    for number, record in lines:
-        where = f"{path}, line {number}"
+    for where, record in records:
         try:
             tokens, offset = dataset.process(record)
         except Exception as e:  # chat templates are programs; they raise what they like
@@ -149,66 +169,28 @@ def load_dataset(
     return Dataset("tokens", examples)
 
 
-def _read_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    lines = []
-    try:
-        with path.open(encoding="utf-8") as f:
-            for number, line in enumerate(f, 1):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError) as e:
-                    raise UsageError(f"{path}, line {number}: not JSON: {e}") from None
-                if not is_text(json.dumps(record, ensure_ascii=False)):
-                    raise UsageError(f"{path}, line {number}: holds half a surrogate pair, which is no character")
-                if not isinstance(record, dict):
-                    raise UsageError(f"{path}, line {number}: must be a JSON object, not {type(record).__name__}")
-                lines.append((number, record))
-    except FileNotFoundError:
-        raise UsageError(f"no such data file: {path}") from None
-    except (OSError, UnicodeDecodeError) as e:
-        raise UsageError(f"{path} cannot be read as UTF-8 text: {e}") from None
-    if not lines:
-        raise UsageError(f"{path} is empty")
-    return lines
-
-
-def _text(record: dict[str, Any], field: str, where: str) -> str:
+def _text(record: Record, field: str, where: str, may_be_empty: bool = False) -> str:
     value = record.get(field)
-    if not isinstance(value, str) or not value:
-        problem = "is missing" if field not in record else "must be a non-empty string"
+    if not isinstance(value, str) or not (value or may_be_empty):
+        kind = "a string" if may_be_empty else "a non-empty string"
+        problem = "is missing" if field not in record else f"must be {kind}"
         raise UsageError(f"{where}: field {field!r} {problem}")
     return value
 
 
-def _check_messages(record: dict[str, Any], where: str) -> None:
+def _check_messages(record: Record, where: str, answers: bool) -> None:
     messages = record.get("messages")
     if not isinstance(messages, list) or not messages:
         raise UsageError(f"{where}: field 'messages' must be a non-empty list")
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise UsageError(f"{where}: every message must be an object with a 'role'")
-
-
-def _check_answer(message: dict[str, Any], where: str) -> None:
-    if message["role"] != "assistant" or not isinstance(message.get("content"), str):
+    last = messages[-1]
+    if answers and (last["role"] != "assistant" or not isinstance(last.get("content"), str)):
         raise UsageError(f"{where}: the last message must be the assistant's, with text to compare answers with")
 
 
-def _check_completion(record: dict[str, Any], where: str) -> None:
-    _text(record, "prompt", where)
-    _text(record, "completion", where)
-
-
-_CHECKS: dict[str, Callable[[dict[str, Any], str], object]] = {
-    "prompt": _check_completion,
-    "messages": _check_messages,
-    "text": lambda record, where: _text(record, "text", where),
-}
-
-
-def _token_example(tokens: list[int], offset: int, max_length: int, where: str, record: dict[str, Any]) -> Example:
+def _token_example(tokens: list[int], offset: int, max_length: int, where: str, record: Record) -> Example:
     """mlx-lm's loss mask: the tokens from `offset` on are targets (the first token has nothing before it)."""
     first, length = max(offset, 1), len(tokens)
     tokens = tokens[:max_length]
@@ -220,7 +202,7 @@ def _token_example(tokens: list[int], offset: int, max_length: int, where: str, 
     return Example([tokens[:-1]], [targets], truncated=length > max_length, record=record)
 
 
-def _choice_example(record: dict[str, Any], tokenizer: TokenizerWrapper, max_length: int, where: str) -> Example:
+def _choice_example(record: Record, tokenizer: TokenizerWrapper, max_length: int, where: str) -> Example:
     prompt, completion = _text(record, "prompt", where), _text(record, "completion", where)
     choices = record.get("choices")
     if not isinstance(choices, list) or not all(isinstance(c, str) and c for c in choices):

@@ -12,12 +12,13 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .answers import Judge, longest_completion
 from .config import check_range
-from .data import Dataset, load_dataset
+from .data import Dataset, tokenized
 from .errors import UsageError
 from .head import Head, split_head
 from .metric import CROSS_ENTROPY, Metric
 from .objective import collate, example_losses, scores
 from .progress import Progress
+from .records import FEATURES, read_file, read_splits
 
 
 @dataclass
@@ -77,12 +78,13 @@ def evaluate(
     objective: str = CROSS_ENTROPY,
     max_tokens: int | None = None,
     progress: bool = True,
+    **features: str,
 ) -> Evaluation:
     """Evaluate a loaded model on a data file.
 
     Args:
         model, tokenizer: from `zo_mlx.load`.
-        data: a `.jsonl` file, or a directory whose `test.jsonl` is taken.
+        data: a `.jsonl` file, a directory whose `test.jsonl` is taken, or the hub id of a dataset with a test split.
         batch_size: examples at a time.
         num_batches: how many batches of the file's first examples; -1 for all.
         max_seq_length: longest sequence in tokens.
@@ -91,6 +93,7 @@ def evaluate(
             the loss.
         max_tokens: of the texts generated for that; None is as long as the longest completion.
         progress: report progress on standard error.
+        **features: mlx-lm's names for the fields, as in `train`: `prompt_feature`, `completion_feature` ...
 
     Raises:
         UsageError: the data are missing or wrong, or the objective is.
@@ -102,9 +105,12 @@ def evaluate(
     if num_batches == 0 or num_batches < -1:
         raise UsageError(f"the number of batches must be at least 1, or -1 for all, not {num_batches}")
     metric = None if objective == CROSS_ENTROPY else Metric(objective)
-    path = Path(data)
-    path = path / "test.jsonl" if path.is_dir() else path
-    dataset = load_dataset(path, tokenizer, max_seq_length, mask_prompt, answers=metric is not None)
+    if unknown := features.keys() - FEATURES:
+        raise UsageError(f"no such settings: {', '.join(sorted(unknown))}")
+    features = {**FEATURES, **features}
+    is_file = Path(data).is_file()
+    records = read_file(Path(data), features) if is_file else read_splits(data, ["test"], features)["test"]
+    dataset = tokenized(records, tokenizer, max_seq_length, mask_prompt, answers=metric is not None)
     count = -1 if num_batches == -1 else num_batches * batch_size
     judge = Judge(metric, tokenizer, dataset.kind, max_tokens or longest_completion(dataset)) if metric else None
     head = split_head(model, dataset.has_continuations or bool(judge and judge.generates))

@@ -30,7 +30,7 @@ def generate(
     Args:
         model, tokenizer: from `zo_mlx.load`.
         prompt: the text to continue, or with `ignore_chat_template=False` a user's message to answer.
-        max_tokens: the longest continuation.
+        max_tokens: the longest continuation; -1 for no limit.
         temp: sampling temperature; 0 takes the likeliest token each time.
         top_p: nucleus sampling.
         seed: makes sampling repeatable.
@@ -43,12 +43,7 @@ def generate(
     Raises:
         UsageError: an empty prompt or one that is not text, settings out of range, no chat template that works.
     """
-    if not prompt or not is_text(prompt):
-        raise UsageError("the prompt is empty" if not prompt else "the prompt is not valid UTF-8 text")
-    check_range("--max-tokens", max_tokens, 1)
-    check_range("--temp", temp, 0)
-    check_range("--top-p", top_p, 0, 1)
-    check_range("--seed", seed or 0, 0)
+    check_request(prompt, max_tokens, temp, top_p, seed)
     if ignore_chat_template:
         tokens = tokenizer.encode(prompt)
     elif not tokenizer.has_chat_template:
@@ -64,3 +59,14 @@ def generate(
     return mlx_lm.generate(
         model, tokenizer, tokens, max_tokens=max_tokens, sampler=make_sampler(temp=temp, top_p=top_p), **more
     )
+
+
+def check_request(prompt: str, max_tokens: int, temp: float, top_p: float, seed: int | None) -> None:
+    """Raise UsageError for a prompt that is none, and for settings out of range."""
+    if not prompt or not is_text(prompt):
+        raise UsageError("the prompt is empty" if not prompt else "the prompt is not valid UTF-8 text")
+    if max_tokens != -1:
+        check_range("--max-tokens", max_tokens, 1)
+    check_range("--temp", temp, 0)
+    check_range("--top-p", top_p, 0, 1)
+    check_range("--seed", seed or 0, 0)

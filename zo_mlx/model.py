@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model, load_tokenizer
@@ -27,7 +28,7 @@ def load_stock_model(directory: Path, lazy: bool = False) -> tuple[nn.Module, di
         UsageError: not a directory, not a model, unsupported architecture, truncated or mismatched weights.
     """
     if not directory.is_dir():
-        raise UsageError(f"no such model: {directory} is not a directory")
+        raise UsageError(f"no such model: {directory} is not a directory; zo-mlx convert makes one, of a hub id, too")
     config = read_json(directory / "config.json")
     if not isinstance(config.get("model_type"), str):
         raise UsageError(f"{directory} is not a model directory: config.json has no model_type")
@@ -166,12 +167,25 @@ def load(path: str | Path, adapter_path: str | Path | None = None) -> tuple[nn.M
     if adapter_path is None:
         model, config = load_stock_model(directory)
         return prepare(model), load_tokenizer_of(directory, config)
-    snapshot = read_snapshot(Path(adapter_path))
     sparse, tokenizer, index, _ = load_sparse(directory)
-    check_fingerprints(f"the adapter {adapter_path}", snapshot.fingerprints, fingerprints(directory, index))
-    if snapshot.values.size != sparse.size:
-        raise UsageError(
-            f"the adapter {adapter_path} is damaged: it has {snapshot.values.size} values, not {sparse.size}"
-        )
-    sparse.set_values(snapshot.values[None])
+    sparse.set_values(read_values(Path(adapter_path), directory, index)[None])
     return sparse.model, tokenizer
+
+
+def read_values(adapter_path: Path, directory: Path, index: SensitiveIndex) -> mx.array:
+    """An adapter's values, (K,) float32.
+
+    Args:
+        directory: of the model that it must have been trained on.
+        index: that model's.
+
+    Raises:
+        UsageError: the adapter is damaged or belongs to another model or index.
+    """
+    snapshot = read_snapshot(adapter_path)
+    check_fingerprints(f"the adapter {adapter_path}", snapshot.fingerprints, fingerprints(directory, index))
+    if snapshot.values.size != index.size:
+        raise UsageError(
+            f"the adapter {adapter_path} is damaged: it has {snapshot.values.size} values, not {index.size}"
+        )
+    return snapshot.values

@@ -5,6 +5,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
+import numpy as np
 from mlx.utils import tree_map
 from mlx_lm.tuner.utils import build_schedule
 
@@ -18,6 +19,9 @@ State = dict[str, Any]
 
 # These divide by the size of the gradient, and their learning rates are what values move by.
 SCALE_FREE = {"adam", "adamw", "lion"}
+
+# Rates of the user's own that are so many times lower than those that would be chosen are taken for a mistake.
+TOO_LOW = 10
 
 
 class Optimizer:
@@ -51,6 +55,12 @@ class Optimizer:
         # Momentum adds gradients up: a rate without it is this many times as large.
         self._share = 1.0 if self._scale_free else 1 - arguments.get("momentum", 0.0)
         self._epsilon = config.epsilon
+        # Only to see what it would choose in place of the user's own rates.
+        watching = schedule is not None and config.gradient == "zo" and config.objective == CROSS_ENTROPY
+        self._watch = Control(origin) if watching else None
+        self._watched = self._watch.state if self._watch else {}
+        steps = mx.array(np.linspace(0, config.iters, 101, dtype=int))
+        self._highest = max(float(schedule(step)) for step in steps) if schedule else 0.0
         self.state: State = {"rule": self._rule.state}
         if self._control:
             self.state["control"] = self._control.state
@@ -83,6 +93,22 @@ class Optimizer:
                 "directions": new["seen"].item(),
             }
         return None
+
+    def doubt(self, record: Record) -> str | None:
+        """What is to be said, once, after the steps that show it: learning rates of the user's own are far too low."""
+        if self._watch is None:
+            return None
+        _, self._watched = self._watch.observe(self._watched, record)
+        rate = self._share * self._watch.learning_rate(self._watched, record, self._scale_free)
+        if rate == 0:
+            return None
+        self._watch = None
+        if TOO_LOW * self._highest >= rate:
+            return None
+        return (
+            f"the learning rate, {self._highest:.1e}, is far below the {rate:.1e} that would be chosen: the run will "
+            "hardly learn. Leave --learning-rate and lr_schedule out to have it chosen"
+        )
 
     def apply(
         self, values: mx.array, state: State, record: Record, directions: Directions | None = None

@@ -10,16 +10,22 @@ from .files import check_space
 from .journal import DATA, Journal, data_id, record_size
 from .metric import is_function
 from .model import check_fingerprints
+from .records import is_hub_id
 from .run import Run
 from .step import replay
 
 
 def resumed_config(recorded: dict[str, Any], given: dict[str, Any]) -> TrainConfig:
     """The recorded settings with the given ones; only those in `CHANGEABLE` may differ."""
-    config = TrainConfig.recorded(recorded, **{"adapter_path": TrainConfig.adapter_path, **given})
+    own = {"adapter_path": TrainConfig.adapter_path, "report_to": None}
+    config = TrainConfig.recorded(recorded, **{**own, **given})
     if is_function(config.objective) and "objective" not in given:
-        # A run may come from a stranger, and this would run any function it names.
+        # A run may come from a stranger: it is not to say what functions run, or what is fetched or sent.
         raise UsageError(f"the run's objective is a function: give --objective {config.objective} to go on with it")
+    if config.hf_dataset is not None and "hf_dataset" not in given:
+        raise UsageError("the run's data are of hf_dataset blocks: give their file with --config to go on with it")
+    if is_hub_id(config.data) and config.hf_dataset is None and "data" not in given:
+        raise UsageError(f"the run's data are of the hub: give --data {config.data} to go on with it")
     different = [k for k in sorted(given.keys() - CHANGEABLE) if getattr(config, k) != recorded[k]]
     if different:
         listed = ", ".join(f"{k} was {recorded[k]}" for k in different)

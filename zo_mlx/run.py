@@ -14,7 +14,7 @@ from .adapter import Best
 from .answers import Judge, longest_completion
 from .batches import Batches
 from .config import TrainConfig, filled, resolved
-from .data import Dataset, load_dataset
+from .data import Dataset, tokenized
 from .depth import choose_depth
 from .errors import Interrupted, UsageError, ZoError
 from .evaluate import Evaluation, evaluate_dataset
@@ -30,6 +30,7 @@ from .objective import layout
 from .optimizer import Optimizer, State
 from .prefix import Prefix
 from .progress import Meter, Progress
+from .records import FEATURES, SPLITS, Records, place, read_splits
 from .result import TrainResult
 from .step import exact_step, make_loss, rows_of_step, step, tokens_of
 from .trainable import Trainable
@@ -47,17 +48,18 @@ class Run:
         self.sparse, self.tokenizer, index, model_config = load_sparse(model)
         self.metric = None if config.objective == CROSS_ENTROPY else Metric(config.objective)
         self.longest = min(config.max_seq_length, context_length(model_config))
-        self.train_set = self.load_data(data / "train.jsonl")
-        self.valid_set = self.load_data(data / "valid.jsonl") if (data / "valid.jsonl").exists() else None
-        if self.valid_set is None:
-            self.warn(f"{data / 'valid.jsonl'} is missing: training goes on without validation")
-        self.test_set = self.load_data(data / "test.jsonl") if config.test else None
+        features = {name: getattr(config, name) for name in FEATURES}
+        splits = read_splits(data, SPLITS if config.test else SPLITS[:2], features, config.hf_dataset)
+        if "valid" not in splits:
+            self.warn(f"{data} has no validation set (valid.jsonl): training goes on without validation")
+        self.train_set = self.tokenized(splits["train"])
+        self.valid_set = self.tokenized(splits["valid"]) if "valid" in splits else None
+        self.test_set = self.tokenized(splits["test"]) if config.test else None
         self.config = config = resolved(config)
         self.batch_size = filled(config.batch_size)
         if len(self.train_set) < self.batch_size:
-            raise UsageError(
-                f"{data / 'train.jsonl'} has {len(self.train_set)} examples, fewer than --batch-size {self.batch_size}"
-            )
+            count, wanted = len(self.train_set), self.batch_size
+            raise UsageError(f"{place(splits['train'][0])}: {count} examples are fewer than --batch-size {wanted}")
         datasets = [d for d in (self.train_set, self.valid_set, self.test_set) if d is not None]
         self.judge = None
         if self.metric:
@@ -75,9 +77,10 @@ class Run:
         self.model_prints = fingerprints(model, index)
         self.fingerprints = {
             **self.model_prints,
-            "train.jsonl": sha256(data / "train.jsonl"),
             "tokenized training set": self.train_set.fingerprint(),  # tokenizer and chat template take part in it
         }
+        if config.hf_dataset is None and data.is_dir():
+            self.fingerprints["train.jsonl"] = sha256(data / "train.jsonl")
         if self.metric and self.metric.path:
             self.fingerprints["objective"] = sha256(self.metric.path)
         self.data_id = journal.data_id(self.fingerprints)
@@ -97,11 +100,10 @@ class Run:
     def warn(self, message: str) -> None:
         self.report({"event": "warning", "message": message})
 
-    def load_data(self, path: Path) -> Dataset:
-        answers = self.metric is not None
-        dataset = load_dataset(path, self.tokenizer, self.longest, self.config.mask_prompt, answers)
-        if dataset.truncated:
-            self.warn(f"{path}: {dataset.truncated} sequences are longer than {self.longest} tokens and were cut")
+    def tokenized(self, records: Records) -> Dataset:
+        dataset = tokenized(records, self.tokenizer, self.longest, self.config.mask_prompt, self.metric is not None)
+        if cut := dataset.truncated:
+            self.warn(f"{place(records[0])}: {cut} sequences are longer than {self.longest} tokens and were cut")
         return dataset
 
     def fit(self, limit: int) -> None:
@@ -208,6 +210,8 @@ class Run:
         self.values, self.state, self.done = values, state, number
         if news:
             self.report({**news, "iteration": number})
+        if doubt := self.optimizer.doubt(record):
+            self.warn(doubt)
         return record, examples
 
     def evaluate(self, dataset: Dataset, batches: int) -> Evaluation:

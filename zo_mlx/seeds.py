@@ -7,6 +7,7 @@ from typing import Any
 
 from . import adapter
 from .config import TrainConfig, check_range
+from .errors import UsageError
 from .result import TrainResult
 from .run import Report
 from .train import train
@@ -42,6 +43,8 @@ def train_seeds(seeds: int, *, resume: bool = False, report: Report | None = Non
         As `train`.
     """
     check_range("--seeds", seeds, 2)
+    if settings.get("report_to"):
+        raise UsageError("--report-to follows a single run: leave out --seeds")
     directory = Path(settings.get("adapter_path", TrainConfig.adapter_path))
     first = settings.get("seed", TrainConfig.seed)
     runs = []

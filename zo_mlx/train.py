@@ -15,6 +15,7 @@ from .result import TrainResult
 from .resume import resume as resume_run
 from .resume import resumed_config
 from .run import Report, Run
+from .tracking import followed
 
 
 def train(
@@ -57,6 +58,7 @@ def train(
             held.enter_context(locked(directory))
             past = journal.Journal.read(directory / journal.FILE_NAME, cut=True)
             run = Run(resumed_config(past.header["config"], settings), report or _print_warning, progress)
+            run.report = followed(run.report, run.config)
             resume_run(run, past, changed_data)
         else:
             if not overwrite:
@@ -67,6 +69,7 @@ def train(
             held.enter_context(locked(directory))
             if not overwrite:
                 _refuse_run(directory)  # another process may have begun one while the model was loading
+            run.report = followed(run.report, run.config)
             run.start()
         held.enter_context(run.journal.open())
         limit = run.config.memory_limit

@@ -1,25 +1,67 @@
 """The commands of `zo-mlx`, a module each: `add` makes its parser, which runs a thin layer over the Python API."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest import mock
+
+from jinja2 import TemplateError
+
+from .. import load
+from ..errors import UsageError
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults, where there are any."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        said = action.default in (None, False, ()) or "(default" in (action.help or "")
+        return action.help if said else super()._get_help_string(action)
 
 
 def add_command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], None], help: str
+    commands: Any, name: str, run: Callable[[argparse.Namespace], None], help: str, json: bool = True
 ) -> argparse.ArgumentParser:
-    """A parser for one command; `run` gets what it parsed."""
+    """A parser for one command; `run` gets what it parsed. With `json` it has that flag."""
     parser: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help, formatter_class=_Help)
     parser.set_defaults(run=run)
-    parser.add_argument("--json", action="store_true", help="Print JSON instead of text.")
+    if json:
+        parser.add_argument("--json", action="store_true", help="Print JSON instead of text.")
     return parser
+
+
+def add_stock(parser: argparse.ArgumentParser, stock: argparse.ArgumentParser, without: Collection[str]) -> None:
+    """The flags of one of mlx-lm's parsers, but for some."""
+    for action in stock._actions:
+        if not {"--help", *without}.intersection(action.option_strings):
+            parser._add_action(action)
+
+
+def run_stock(command: ModuleType, parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Run one of mlx-lm's commands as it is, with arguments that are parsed and models from `zo_mlx.load`.
+
+    Args:
+        command: its module, with a `main` that calls `setup_arg_parser` and `load`.
+        parser: its parser, for what `args` does not have.
+
+    Raises:
+        UsageError: what `zo_mlx.load` refuses, and what mlx-lm does.
+    """
+    arguments = argparse.Namespace(**{**vars(parser.parse_args([])), **vars(args)})
+
+    def own_load(path: str, adapter_path: str | None = None, return_config: bool = False, **_: Any) -> Any:
+        loaded = load(path, adapter_path)
+        return (*loaded, {}) if return_config else loaded  # the config says how to read images
+
+    parsed = SimpleNamespace(parse_args=lambda: arguments)
+    try:
+        with mock.patch.multiple(command, setup_arg_parser=lambda: parsed, load=own_load):
+            command.main()
+    except TemplateError as e:
+        raise UsageError(f"the model's chat template fails: {e}") from None
+    except (ValueError, TypeError) as e:
+        raise UsageError(str(e)) from None
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

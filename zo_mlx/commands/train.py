@@ -9,7 +9,8 @@ from typing import Any
 
 from .. import train, train_seeds
 from ..adapter import BEST
-from ..config import TrainConfig, read_yaml, value_type
+from ..config import TrainConfig, value_type
+from ..lora_settings import CHECKED, NOT_HERE, read_yaml, understood
 from ..progress import print_line
 from . import add_command
 
@@ -31,7 +32,7 @@ def add(commands: Any) -> None:
         flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
         if value_type(f) is bool:
             p.add_argument(flag, action="store_true", default=None, help=text)
-        elif value_type(f) is not dict:
+        elif value_type(f) not in (dict, list):
             p.add_argument(
                 flag,
                 type=_number_or(f.metadata["word"]) if "word" in f.metadata else value_type(f),
@@ -39,6 +40,8 @@ def add(commands: Any) -> None:
                 choices=f.metadata.get("choices"),
                 help=text if f.default is None else f"{text} (default: {f.default})",
             )
+    for name in (*CHECKED, *NOT_HERE):  # mlx_lm.lora's: flags with and without a value
+        p.add_argument("--" + name.replace("_", "-"), nargs="?", const=True, help=argparse.SUPPRESS)
 
 
 def _number_or(word: str) -> Any:
@@ -51,9 +54,9 @@ def _number_or(word: str) -> Any:
 
 
 def _run(args: argparse.Namespace) -> None:
-    names = {f.name for f in dataclasses.fields(TrainConfig)}
+    names = {*CHECKED, *NOT_HERE, *(f.name for f in dataclasses.fields(TrainConfig))}
     flags = {k: v for k, v in vars(args).items() if k in names and v is not None}
-    settings = {**(read_yaml(Path(args.config)) if args.config else {}), **flags}
+    settings = {**(read_yaml(Path(args.config)) if args.config else {}), **understood(flags, "flags")}
     report = _print_json if args.json else _print_event
     how = {name: getattr(args, name) for name in ("resume", "overwrite", "changed_data")}
     if args.seeds is not None:

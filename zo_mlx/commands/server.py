@@ -1,0 +1,43 @@
+"""`zo-mlx server`: mlx-lm's own, with the sparse layers in place and an adapter for every request that names one."""
+
+import argparse
+from typing import Any
+from unittest import mock
+
+import mlx_lm.server as stock
+
+from ..serve import serve
+from . import add_command, add_stock
+
+# One machine, no code that comes with a model; transformers have no default templates any more. With a draft model,
+# mlx-lm's server gives another answer when it is asked the same again.
+WITHOUT = {"--pipeline", "--trust-remote-code", "--use-default-chat-template", "--draft-model", "--num-draft-tokens"}
+
+
+def add(commands: Any) -> None:
+    """Its parser."""
+    p = add_command(commands, "server", serve, "Serve a model and any number of adapters over HTTP.", json=False)
+    p.add_argument("--model", default="mlx_model", help="MLX model directory.")
+    p.add_argument(
+        "--adapter-path",
+        action="append",
+        default=[],
+        metavar="[NAME=]DIR",
+        help="Adapter directory; may be repeated. Requests choose one by name (without one: by this path) in the field "
+        "adapters or model; those that do not get the first one without a name, or the base model.",
+    )
+    add_stock(p, _stock_parser(), without={"--model", "--adapter-path", *WITHOUT})
+
+
+def _stock_parser() -> argparse.ArgumentParser:
+    """mlx-lm's parser of flags, which its `main` makes and keeps to itself."""
+    with mock.patch.object(argparse.ArgumentParser, "parse_known_args", autospec=True, side_effect=_Made) as parse:
+        try:
+            stock.main()
+        except _Made:
+            return parse.call_args.args[0]
+    raise AssertionError("mlx_lm.server parses no arguments")
+
+
+class _Made(Exception):
+    pass

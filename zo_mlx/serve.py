@@ -1,0 +1,163 @@
+"""mlx-lm's server over one base model and any number of adapters, each of which costs its values only.
+
+A request comes from a stranger. All that it can choose from is in memory before the first one comes: what it names is
+looked up, and never opened, fetched or run.
+"""
+
+import argparse
+import json
+import logging
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
+from mlx_lm.server import APIHandler, ModelProvider, ResponseGenerator, _run_http_server
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import load_tokenizer, maybe_set_recommended_wired_limit
+
+from .errors import UsageError, ZoError
+from .model import load, load_sparse, read_values
+from .sparse import SparseModel
+
+# Of mlx-lm's settings, those that `zo-mlx server` has no flags for.
+LEFT_OUT = {"trust_remote_code": False, "pipeline": False, "draft_model": None, "num_draft_tokens": 0}
+DEFAULT = "default_model"  # mlx-lm's name for the model of requests that name none
+
+
+def named(given: list[str]) -> tuple[dict[str, Path], str | None]:
+    """Adapters as given on the command line, `[NAME=]DIR`: directories by name, and which one is the default.
+
+    What has no name is called as it was given; the first of these is the default. Raises UsageError for a name that is
+    given twice.
+    """
+    found: dict[str, Path] = {}
+    default = None
+    for text in given:
+        name, equals, directory = text.partition("=")
+        if not (name and equals) or Path(text).is_dir():
+            name, directory = text, text
+            default = default or name
+        if name in found or name == DEFAULT:
+            raise UsageError(f"--adapter-path {text}: there is an adapter {name} already")
+        found[name] = Path(directory)
+    return found, default
+
+
+class Provider(ModelProvider):  # type: ignore[misc]
+    """Hands the server its model, with the values of the adapter that a request names.
+
+    mlx-lm asks for it between batches of requests, and keeps what it has computed of prompts apart by `model_key`.
+
+    Args:
+        args: what `zo-mlx server` parsed.
+
+    Attributes:
+        adapters: by the name that a request can give as its model: the adapter, or None for the base model.
+        opened: has a result when all is loaded, or the UsageError for what is missing, damaged or of another model.
+    """
+
+    model: Any
+    tokenizer: Any
+    model_key: Any
+
+    def __init__(self, args: argparse.Namespace):
+        paths, default = named(args.adapter_path)
+        super().__init__(argparse.Namespace(**{**vars(args), **LEFT_OUT}))
+        self._paths = paths
+        self._sparse: SparseModel | None = None
+        self._values: dict[str | None, mx.array | None] = {None: None}
+        self.adapters = {**{name: name for name in paths}, args.model: None, DEFAULT: default}
+        self.opened: Future[None] = Future()
+
+    def load_default(self) -> None:
+        """Load everything. mlx-lm calls this in the thread that generates, where arrays of another are of no use."""
+        try:
+            self._open(Path(self.cli_args.model))
+            self.opened.set_result(None)
+        except BaseException as e:
+            self.opened.set_exception(e)
+
+    def _open(self, directory: Path) -> None:
+        args = self.cli_args
+        if self._paths:
+            self._sparse, self._tokenizer, index, _ = load_sparse(directory)
+            self._model = self._sparse.model
+            self._values.update({name: read_values(path, directory, index) for name, path in self._paths.items()})
+        else:
+            self._model, self._tokenizer = load(directory)
+        if args.chat_template:
+            ends = list(self._tokenizer.eos_token_ids)
+            self._tokenizer = load_tokenizer(directory, self._tokenizer_config, eos_token_ids=ends)
+
+    def reset(self) -> None:
+        """Let everything go. mlx-lm calls this at the end, in the thread that generates."""
+        super().reset()
+        del self._model, self._sparse
+        mx.clear_streams()  # a thread's streams that outlive it abort the process
+
+    def load(
+        self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None
+    ) -> tuple[nn.Module, TokenizerWrapper]:
+        """The model with an adapter. Raises ValueError, which becomes the answer, for names that there are not."""
+        if model_path not in self.adapters:
+            raise ValueError(f"there is no model {model_path} here, but {', '.join(self.adapters)}")
+        name = self.adapters[model_path] if adapter_path is None else adapter_path
+        if name not in self._values:
+            raise ValueError(f"there is no adapter {name} here, but {', '.join(filter(None, self._values)) or 'none'}")
+        if draft_model_path not in (None, DEFAULT):
+            raise ValueError(f"there is no draft model {draft_model_path} here")
+        key = (self.cli_args.model, name, None)
+        if key != self.model_key:
+            if self._sparse:
+                values = self._values[name]
+                self._sparse.set_values(None if values is None else values[None])
+            self.model, self.tokenizer, self.model_key = self._model, self._tokenizer, key
+            self.is_batchable = all(hasattr(cache, "merge") for cache in make_prompt_cache(self.model))
+        return self.model, self.tokenizer
+
+
+class Handler(APIHandler):  # type: ignore[misc]
+    """mlx-lm's, with its own list of models, and without what a request could make it fetch or run."""
+
+    def handle_chat_completions(self) -> Any:
+        if "chat_template" in (self.chat_template_kwargs or {}):
+            raise ValueError("a chat template is a program, and is not taken from a request")
+        for message in self.body["messages"]:
+            if isinstance(content := message.get("content"), list) and any(p["type"] != "text" for p in content):
+                raise ValueError("only content of type text is taken")  # images are fetched from wherever it says
+        return super().handle_chat_completions()
+
+    def handle_models_request(self) -> None:
+        provider: Any = self.response_generator.model_provider
+        names = [name for name in provider.adapters if name != DEFAULT]
+        listed = [{"id": name, "object": "model", "created": self.created} for name in names]
+        self._set_completion_headers(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"object": "list", "data": listed}).encode())
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Answer requests until interrupted.
+
+    Args:
+        args: what `zo-mlx server` parsed.
+
+    Raises:
+        UsageError: the model or an adapter is missing, damaged or belongs to another model.
+        ZoError: the address cannot be used.
+    """
+    provider = Provider(args)
+    logging.basicConfig(level=args.log_level, format="%(asctime)s - %(levelname)s - %(message)s")
+    maybe_set_recommended_wired_limit()
+    generator = ResponseGenerator(provider, LRUPromptCache(args.prompt_cache_size))
+    try:
+        provider.opened.result()
+        try:
+            _run_http_server(args.host, args.port, generator, handler_class=Handler)
+        except OSError as e:
+            raise ZoError(f"cannot listen on {args.host}, port {args.port}: {e.strerror}") from None
+    finally:
+        generator.stop_and_join()
