@@ -67,6 +67,7 @@ class Provider(ModelProvider):  # type: ignore[misc]
         paths, default = named(args.adapter_path)
         super().__init__(argparse.Namespace(**{**vars(args), **LEFT_OUT}))
         self._paths = paths
+        self._model: Any = None
         self._sparse: SparseModel | None = None
         self._values: dict[str | None, mx.array | None] = {None: None}
         self.adapters = {**{name: name for name in paths}, args.model: None, DEFAULT: default}
@@ -95,7 +96,7 @@ class Provider(ModelProvider):  # type: ignore[misc]
     def reset(self) -> None:
         """Let everything go. mlx-lm calls this at the end, in the thread that generates."""
         super().reset()
-        del self._model, self._sparse
+        self._model = self._sparse = None
         mx.clear_streams()  # a thread's streams that outlive it abort the process
 
     def load(
