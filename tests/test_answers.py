@@ -145,7 +145,7 @@ def test_training_raises_a_score_without_a_gradient(
     assert main(["train", *settings, "scoring_of_mine:letters", "--resume", "--iters", "121"]) == 0
     (tmp_path / "scoring_of_mine.py").write_text("def letters(prompt, output, example):\n    return 1.0\n")
     assert main(["train", *settings, "scoring_of_mine:letters", "--resume", "--iters", "122"]) == 2
-    assert "objective changed since it began" in capsys.readouterr().err
+    assert "since it was made, the file with the objective changed" in capsys.readouterr().err
     # Nor may a file name one.
     (tmp_path / "c.yaml").write_text("objective: scoring_of_mine:letters\n")
     assert main(["train", "-c", "c.yaml", "--model", str(tiny), "--data", str(text_data)]) == 2

@@ -112,6 +112,23 @@ def test_headers_of_something_else_are_refused(header: object, tmp_path: Path) -
         Journal.read(tmp_path / "journal")
 
 
+@pytest.mark.parametrize(
+    "trained",
+    [None, 5, [], [[]], [[0]], [[0, 5, 6]], [[5, 5]], [[5, 0]], [[0, 5], [5, 9]], [[0, 5], [3, 9]], [[-1, 5]],
+     [[0, 2**33]], [[0, "5"]], [[0, 5.0]], [[True, 5]], "05", {"0": 5}],
+)  # fmt: skip
+def test_headers_with_absurd_places_of_the_trained_weights_are_refused(trained: object, tmp_path: Path) -> None:
+    _write_header(tmp_path / "journal", {**HEADER, "version": 2, "trained": trained})
+    with pytest.raises(UsageError, match="its header is not one of zo-mlx"):
+        Journal.read(tmp_path / "journal")
+
+
+def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "journal")
+    with pytest.raises(UsageError, match="journal is not a file"):
+        Journal.read(tmp_path / "journal")
+
+
 def test_a_journal_that_would_replay_differently_is_refused(tmp_path: Path) -> None:
     _write_header(tmp_path / "journal", {**HEADER, "version": 1})
     with pytest.raises(UsageError, match="has version 1, this zo-mlx replays version 2"):

@@ -135,12 +135,12 @@ def test_long_choices_share_their_prompts_where_that_saves_more(spread: Path, tm
     share = run.train_set.unshared
     # The prompt's 40 bytes and a space; of the choices what is left without their last bytes, "ye", "neve" and "mayb".
     assert share == (41 + 2 + 4 + 4) / (3 * 41 + 2 + 4 + 4)
-    assert run.saves(1.5 * share - 0.1)
-    assert not run.saves(1.5 * share + 0.1)
+    assert 1 / 3 < 1.5 * share < 2 / 3
     assert run.config.num_layers == -1
     assert run.prefix(1) is None
-    config.num_layers = 1
-    assert Run(config, lambda event: None, progress=False).prefix(1) is not None
+    for layers, apart in ((1, True), (2, False)):  # of three
+        config.num_layers = layers
+        assert (Run(config, lambda event: None, progress=False).prefix(1) is not None) == apart
 
 
 def test_which_rows_run_together_does_not_depend_on_what_is_there(

@@ -127,6 +127,8 @@ class Journal:
         Raises:
             UsageError: no journal, one of another version, or one that is damaged before its last record.
         """
+        if path.exists() and not path.is_file():  # a pipe or a device would be read for ever
+            raise UsageError(f"{path} is not a file")
         try:
             with path.open("rb") as f:
                 found = cls._checked(path, f, path.stat().st_size)

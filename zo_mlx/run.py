@@ -244,6 +244,7 @@ class Run:
             return None
         if not math.isfinite(result.objective):
             self.warn(f"the validation after step {self.done} gives {result.objective}")
+            return None
         config, is_best = self.config, False
         # What a resumed run begins with is no validation that an uninterrupted one would have made.
         if self.done % config.steps_per_eval == 0 or self.done >= config.iters:
