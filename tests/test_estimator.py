@@ -131,6 +131,21 @@ def test_gaussian_directions_are_normal_and_scales_apply() -> None:
         assert np.array_equal(scaled, plain * np.array(scale))
 
 
+@pytest.mark.skipif(not mx.is_available(mx.gpu), reason="no GPU")
+@pytest.mark.parametrize("law", estimator.LAWS)
+def test_directions_on_the_gpu_are_those_on_the_cpu(law: str) -> None:
+    found, slopes = [], np.array([0.3, -2, 5], np.float32)
+    for device in (mx.cpu, mx.gpu):
+        with mx.stream(device):
+            z = estimator.directions(3, 1, 3, 20_000, law)
+            found.append((_vectors(z, 20_000), np.array(z.mean(slopes))))
+    for on_cpu, on_gpu in zip(*found, strict=True):
+        if law == "rademacher":
+            assert np.array_equal(on_cpu, on_gpu)
+        else:
+            assert np.allclose(on_cpu, on_gpu, rtol=1e-4, atol=1e-5)
+
+
 def test_the_scale_is_a_power_of_the_scores() -> None:
     scores = np.array([1e-8, 1e-6, 4e-6], np.float32)
     assert estimator.fisher_scale(mx.array(scores), 0) is None

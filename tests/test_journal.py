@@ -130,7 +130,7 @@ def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
 
 
 def test_a_journal_that_would_replay_differently_is_refused(tmp_path: Path) -> None:
-    _write_header(tmp_path / "journal", {**HEADER, "version": 1})
+    _write_header(tmp_path / "journal", {**HEADER, "version": 1, "trained": 5})  # as that version had it
     with pytest.raises(UsageError, match="has version 1, this zo-mlx replays version 2"):
         Journal.read(tmp_path / "journal")
 

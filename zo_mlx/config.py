@@ -56,7 +56,10 @@ class TrainConfig:
         None, "GB that MLX is to use at most, weights included: decides on tokens at once.", least=1e-6
     )
     tokens_at_once: int | None = _setting(
-        None, "Tokens in a forward pass at most; default: a step's, or what fits the memory limit.", least=1
+        None,
+        "Tokens in a forward pass at most; default: a step's, or what fits the memory limit.",
+        least=1,
+        most=(1 << 32) - 1,
     )
     keep_blocks: int | None = _setting(
         None,

@@ -155,11 +155,13 @@ class Journal:
             raise UsageError(f"{path} is damaged: its header fails its checksum")
         try:
             header = json.loads(content)
-            layout = _Layout.of(header)
+            if type(version := header["version"]) is not int:
+                raise ValueError(f"version {version!r}")
+            layout = _Layout.of(header) if version == VERSION else None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise UsageError(f"{path} is damaged: its header is not one of zo-mlx ({type(e).__name__}: {e})") from None
-        if header.get("version") != VERSION:
-            raise UsageError(f"{path} has version {header.get('version')}, this zo-mlx replays version {VERSION}")
+        if layout is None:
+            raise UsageError(f"{path} has version {version}, this zo-mlx replays version {VERSION}")
         begin, count, each = f.tell(), 0, layout.size
         while begin + (count + 1) * each <= size:
             record = f.read(each)
