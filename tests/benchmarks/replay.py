@@ -5,6 +5,8 @@
 Run it with OPENBLAS_NUM_THREADS=1. Seconds of the processor are those of all threads; on a busy machine more go by.
 """
 
+import zo_mlx  # isort: skip  (first, so that MLX gets a fast BLAS)
+
 import argparse
 import json
 import tempfile
@@ -14,7 +16,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from zo_mlx.config import TrainConfig, filled, resolved
+from zo_mlx.config import filled, resolved
 from zo_mlx.journal import Journal, Record
 from zo_mlx.memory import bounded_cache
 from zo_mlx.optimizer import Optimizer
@@ -26,7 +28,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=100_000, help="Trained weights.")
     parser.add_argument("--steps", type=int, default=5_000)
     args = parser.parse_args()
-    config = resolved(TrainConfig())
+    config = resolved(zo_mlx.TrainConfig())
     rng = np.random.default_rng(0)
     origin = mx.array(rng.normal(size=args.size).astype(np.float32))
     slopes = rng.normal(size=(args.steps, filled(config.directions))).astype(np.float32)
