@@ -100,12 +100,14 @@ class BlockwiseModel:
         return self._run(tokens, hook)
 
     def starting_at(self, number: int, x: mx.array) -> contextlib.AbstractContextManager[None]:
-        """While it lasts, calls of the model leave out the blocks before one, which gets x (B, T, H)."""
+        """The next call of the model, while it lasts, leaves out the blocks before one, which gets x (B, T, H)."""
+        own = [x]  # not held any longer than that block needs it
+        del x
 
         def hook(i: int, call: Any, passed: mx.array, args: Any, kwargs: Any) -> mx.array:
             if i < number:
                 return passed
-            return call(x if i == number else passed, *args, **kwargs)
+            return call(own.pop() if i == number else passed, *args, **kwargs)
 
         return self._hooked_by(hook)
 
