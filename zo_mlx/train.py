@@ -80,7 +80,7 @@ def _refuse_run(directory: Path) -> None:
 def _resumed_config(recorded: dict[str, Any], given: dict[str, Any]) -> TrainConfig:
     """The recorded settings with the given ones; only those in `CHANGEABLE` may differ."""
     if set(recorded) != {f.name for f in fields(TrainConfig)}:
-        raise UsageError("the run to resume was made by another version of zo-mlx: its settings are not this one's")
+        raise UsageError("the journal is another version's of zo-mlx: its settings are not this one's")
     config = TrainConfig(**{**recorded, "adapter_path": TrainConfig.adapter_path, **given})
     config.check()
     if is_function(config.objective) and "objective" not in given:

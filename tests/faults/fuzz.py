@@ -3,16 +3,17 @@
     python tests/faults/fuzz.py [--count 5000] [--seed 0]
 
 Models, sensitive indexes, data, settings, journals and adapters, some with their checksums made good again. A process
-runs some hundred inputs and is watched by another one. Prints the counts of exit codes, and every input that raised, ended
-the process, hung (60 s), wrote outside its output directory, got an error that names neither file nor directory nor a
-setting, or took more memory (Linux) than the unchanged file, four times its own size, and 16 MB for what allocators do.
-Returns 1 if there is any.
+runs some hundred inputs and is watched by another one. Prints the counts of exit codes, and every input that raised,
+ended the process, hung (60 s), wrote outside its output directory, got an error that names neither file nor directory
+nor a setting, or took more memory (Linux) than the unchanged file, four times its own size, and 16 MB for what
+allocators do. Returns 1 if there is any.
 """
 
 import zo_mlx  # isort: skip  (first, so that MLX gets a fast BLAS)
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -41,6 +42,7 @@ from zo_mlx.convert import blockwise
 
 from zo_mlx import adapter
 from zo_mlx.cli import main
+from zo_mlx.config import TrainConfig
 from zo_mlx.files import load_safetensors
 
 ODD = [None, -1, 0, 1, 3, 10**9, 2**70, 1.5, -0.0, "x", "", "../../x", [], [1], {}, {"type": "x"}, True]
@@ -139,6 +141,9 @@ _SETTINGS = {
     "optimizer_config": {"adam": {"betas": [0.9, 0.99]}}, "max_seq_length": 64, "mask_prompt": True,
     "lr_schedule": {"name": "cosine_decay", "arguments": [1e-3, 100], "warmup": 2, "warmup_init": 1e-4},
 }  # fmt: skip
+
+_WITH_SETTINGS = ("run.yaml", "adapter/journal")
+_FIELDS = [f.name for f in dataclasses.fields(TrainConfig)]
 
 # What to mutate, how, and the command to run on it.
 CASES: list[Case] = [
@@ -253,7 +258,7 @@ def run(top: Path, case: Case, rng: random.Random | None) -> tuple[Any, str | No
     took = memory("VmHWM") - had
     if code in (1, 2):
         message = err.getvalue().strip().splitlines()[-1]
-        places = [Path(file).name, Path(file).parts[0], *(_SETTINGS if file == "run.yaml" else [])]
+        places = [Path(file).name, Path(file).parts[0], *(_FIELDS if file in _WITH_SETTINGS else [])]
         if not message.startswith("zo-mlx: error: ") or not any(place in message for place in places):
             problem = f"no clear line: {message[-300:]}"
     if new := {p for p in set(top.rglob("*")) - before if not {"out", "again", "adapter"} & set(p.parts)}:
