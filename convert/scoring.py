@@ -116,12 +116,12 @@ def rank(
             if chain
             else fisher_scores(source.open_model(), sequences, advance)
         )
-        with computing(checkpoint):
+        with computing(source, checkpoint):
             for path, layer_scores in scores:
                 watch.lap("backward")
                 if not mx.isfinite(layer_scores.sum()).item():
                     checkpoint.clear()
-                    raise UsageError(f"the model's gradients are not finite in {path}: damaged weights?")
+                    raise UsageError(f"{source.name}: the model's gradients are not finite in {path}: damaged weights?")
                 positions, highest = selector.add(path, np.array(layer_scores, copy=False))
                 masses[path] = float(layer_scores.sum())
                 checkpoint.note(path, Candidates(positions, highest, masses[path]))
@@ -130,14 +130,14 @@ def rank(
 
 
 @contextlib.contextmanager
-def computing(checkpoint: Checkpoint | None = None) -> Iterator[None]:
+def computing(source: Source, checkpoint: Checkpoint | None = None) -> Iterator[None]:
     """Turn what a model raises whose config loads but does not compute into a UsageError; forget what is finished."""
     try:
         yield
     except (TypeError, ValueError, LookupError, AttributeError) as e:
         if checkpoint is not None:
             checkpoint.clear()
-        raise UsageError(f"the model cannot be computed: {type(e).__name__}: {str(e)[:200]}") from e
+        raise UsageError(f"{source.name}: the model cannot be computed: {type(e).__name__}: {str(e)[:200]}") from e
 
 
 def _warn_of_memory(source: Source) -> None:
@@ -158,7 +158,7 @@ def checkpoint_bytes(source: Source, sequences: np.ndarray) -> int:
     """Bytes on disk of what goes into and comes back from each block, for all sequences, if it is to be kept."""
     if not source.is_chain:
         return 0
-    with computing(), opened(source.open_model) as model:
+    with computing(source), opened(source.open_model) as model:
         return (len(model.blocks) + 1) * len(sequences) * model.inputs(mx.array(sequences[:1, :-1]), 0).nbytes
 
 

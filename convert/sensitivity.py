@@ -52,7 +52,7 @@ def token_windows(tokenizer: TokenizerWrapper, text: str, length: int) -> np.nda
     try:
         encoded = tokenizer.encode(text, add_special_tokens=False, verbose=False)
     except Exception as e:  # a tokenizer that loads may still have settings of the wrong type
-        raise UsageError(f"the tokenizer fails: {type(e).__name__}: {e}") from None
+        raise UsageError(f"{tokenizer.name_or_path}: the tokenizer fails: {type(e).__name__}: {e}") from None
     tokens = np.array(encoded, dtype=np.int32)
     return tokens[: len(tokens) // length * length].reshape(-1, length)
 

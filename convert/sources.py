@@ -39,6 +39,11 @@ class Source:
     tokenizer: TokenizerWrapper
 
     @property
+    def name(self) -> Path:
+        """The file or directory, for messages."""
+        return self.files[0] if self.files[0].suffix == ".gguf" else self.directory
+
+    @property
     def quantized(self) -> bool:
         """Whether MLX has already quantized it."""
         return "quantization" in self.config

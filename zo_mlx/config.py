@@ -116,7 +116,7 @@ class TrainConfig:
         choices=tuple(ESTIMATORS),
     )
     directions: int | None = _setting(
-        None, "Directions per step; default: 7 if one-sided, half the batch if two-sided.", least=1, most=1 << 16
+        None, "Directions per step; default: 7 if one-sided, half the batch if two-sided.", least=1, most=1 << 10
     )
     law: str = _setting("rademacher", "Law of the directions: +-1, or standard normal.", choices=LAWS)
     precondition: float = _setting(
@@ -142,7 +142,7 @@ class TrainConfig:
     def recorded(cls, settings: dict[str, Any], **changes: Any) -> "TrainConfig":
         """From the `config` of a journal, with changes. Raises UsageError for one that is not this version's."""
         if set(settings) != {f.name for f in dataclasses.fields(cls)}:
-            raise UsageError("the run was made by another version of zo-mlx: its settings are not this one's")
+            raise UsageError("the journal is another version's of zo-mlx: its settings are not this one's")
         config = cls(**{**settings, **changes})
         config.check()
         return config

@@ -24,7 +24,7 @@ _LENGTH = struct.Struct("<I")
 _CRC = struct.Struct("<I")
 _START = struct.Struct("<QI4sf")  # a record's step, tokens at once, data and loss
 _HEADER_LIMIT = 1 << 20
-_MOST_DIRECTIONS = 1 << 16
+_MOST_DIRECTIONS = 1 << 10  # a replay makes a bit for each and each weight
 _MOST_WEIGHTS = 1 << 32
 
 # Raised whenever the same journal would be replayed to other values: directions, update rule, schedules.

@@ -156,6 +156,7 @@ def strike_model(model: Path, out: Path, places: int, rng: random.Random) -> int
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--records", type=int, default=3, help="damage each byte of this many last records")
+    parser.add_argument("--every", type=int, default=1, help="damage each so-manieth byte of the other files")
     parser.add_argument("--places", type=int, default=1000, help="random damages")
     parser.add_argument("--kind", choices=KINDS, action="append", help="of run; default: all")
     parser.add_argument("--seed", type=int, default=0)
@@ -176,10 +177,10 @@ def main() -> int:
                     victim.strike({JOURNAL: damage}, resume=at % each == 0)
             wrong += victim.report(f"{kind}, each byte of the last {args.records} records")
             for name in victim.state.keys() - {JOURNAL}:
-                for at in range(len(victim.state[name])):
+                for at in range(0, len(victim.state[name]), args.every):
                     for damage in (cut(at), flip(at, at % 8)):
                         victim.strike({name: damage}, resume=False)
-            wrong += victim.report(f"{kind}, each byte of the other files")
+            wrong += victim.report(f"{kind}, bytes of the other files")
             for _ in range(args.places // len(kinds)):
                 names = rng.sample(sorted(victim.state), rng.choice([1, 1, 2, 4]))
                 victim.strike({name: anywhere(len(victim.state[name]), rng) for name in names}, resume=True)
