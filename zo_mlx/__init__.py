@@ -11,7 +11,9 @@ from .config import TrainConfig
 from .convert import Conversion, convert
 from .errors import UsageError, ZoError
 from .evaluate import Evaluation, evaluate
+from .fuse import Fused, fuse
 from .generate import generate
+from .lora import Fit, export
 from .model import load
 from .result import TrainResult
 from .seeds import SeedsResult, train_seeds
@@ -20,6 +22,8 @@ from .train import train
 __all__ = [
     "Conversion",
     "Evaluation",
+    "Fit",
+    "Fused",
     "SeedsResult",
     "TrainConfig",
     "TrainResult",
@@ -27,6 +31,8 @@ __all__ = [
     "ZoError",
     "convert",
     "evaluate",
+    "export",
+    "fuse",
     "generate",
     "load",
     "train",

@@ -5,7 +5,7 @@ import signal
 import sys
 
 from . import __version__
-from .commands import convert, evaluate, generate, info, train
+from .commands import convert, evaluate, export, fuse, generate, info, train
 from .errors import ZoError
 
 
@@ -13,7 +13,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="zo-mlx", description=__import__("zo_mlx").__doc__)
     parser.add_argument("--version", action="version", version=f"zo-mlx {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for module in (convert, train, evaluate, generate, info):
+    for module in (convert, train, evaluate, generate, export, fuse, info):
         module.add(commands)
     return parser
 

@@ -8,7 +8,7 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model, load_tokenizer
 
-from .adapter import read_snapshot
+from .adapter import Snapshot, read_snapshot
 from .errors import UsageError
 from .files import count_tensors, read_json, sha256
 from .index import FILE_NAME as INDEX
@@ -89,6 +89,13 @@ def load_sparse(directory: Path) -> tuple[SparseModel, TokenizerWrapper, Sensiti
         UsageError: as `load_stock_model` and `read_index`; or the index belongs to another model.
     """
     model, config = load_stock_model(directory)
+    index = read_own_index(directory)
+    tokenizer = load_tokenizer_of(directory, config)
+    return SparseModel(prepare(model), index), tokenizer, index, config
+
+
+def read_own_index(directory: Path) -> SensitiveIndex:
+    """`read_index`, and a UsageError if the index does not belong to the model beside it."""
     index = read_index(directory)
     recorded = index.metadata.get("base_model")
     if recorded != (actual := fingerprint(directory)):
@@ -96,8 +103,7 @@ def load_sparse(directory: Path) -> tuple[SparseModel, TokenizerWrapper, Sensiti
             f"{directory / 'sensitive.safetensors'} belongs to another model (fingerprint {str(recorded)[:12]}, "
             f"this one has {actual[:12]}); convert again"
         )
-    tokenizer = load_tokenizer_of(directory, config)
-    return SparseModel(prepare(model), index), tokenizer, index, config
+    return index
 
 
 def context_length(config: dict[str, Any]) -> int:
@@ -129,12 +135,17 @@ def load(path: str | Path, adapter_path: str | Path | None = None) -> tuple[nn.M
         return prepare(model), load_tokenizer_of(directory, config)
     snapshot = read_snapshot(Path(adapter_path))
     sparse, tokenizer, index, _ = load_sparse(directory)
+    check_snapshot(snapshot, adapter_path, directory, index)
+    sparse.set_values(snapshot.values[None])
+    return sparse.model, tokenizer
+
+
+def check_snapshot(snapshot: Snapshot, adapter_path: str | Path, directory: Path, index: SensitiveIndex) -> None:
+    """Raise UsageError if an adapter's values do not belong to a model directory and its index."""
     actual = {"base_model": index.metadata["base_model"], "index": sha256(directory / INDEX)}
     if changed := [k for k, v in actual.items() if snapshot.fingerprints.get(k) != v]:
         raise UsageError(f"the adapter {adapter_path} was trained on another model: {' and '.join(changed)} differs")
-    if snapshot.values.size != sparse.size:
+    if snapshot.values.size != index.size:
         raise UsageError(
-            f"the adapter {adapter_path} is damaged: it has {snapshot.values.size} values, not {sparse.size}"
+            f"the adapter {adapter_path} is damaged: it has {snapshot.values.size} values, not {index.size}"
         )
-    sparse.set_values(snapshot.values[None])
-    return sparse.model, tokenizer

@@ -24,6 +24,8 @@ from .exact import ExactGradient
 from .files import check_space, reporting_disk_errors, sha256
 from .head import split_head
 from .index import FILE_NAME as INDEX
+from .index import read_index
+from .lora import lora_adapter
 from .metric import CROSS_ENTROPY, Metric
 from .model import context_length, load_sparse
 from .optimizer import Optimizer, State
@@ -174,6 +176,8 @@ class Run:
         if past.header.get("trained") != self.values.size:
             raise UsageError(f"{past.path} is of {past.header.get('trained')} trained weights, not {self.values.size}")
         check_space(self.directory, (self.config.iters - len(past)) * journal.record_size(past.header))
+        with reporting_disk_errors(self.directory):
+            adapter.remove_lora(self.directory)
         self.journal = past
         try:
             snapshot = adapter.read_snapshot(self.directory)
@@ -253,6 +257,20 @@ class Run:
     def save(self) -> None:
         adapter.write_snapshot(self.directory, self.snapshot(), self.state)
 
+    def export(self) -> None:
+        """Write what stock mlx-lm loads, of the last and the best values; a run does not fail because that does."""
+        step = None
+        try:
+            index = read_index(Path(self.config.model))
+            for directory in (self.directory, self.directory / adapter.BEST)[: 2 if self.best else 1]:
+                snapshot = adapter.read_snapshot(directory)
+                if snapshot.step != step:
+                    lora, step = lora_adapter(self.sparse.model, index, snapshot.values, self.tokenizer), snapshot.step
+                lora.write(directory, snapshot)
+                self.report({"event": "exported", "iteration": step, "path": str(directory), **asdict(lora.fit)})
+        except Exception as e:  # whatever an architecture does with mlx-lm's LoRA layers
+            self.warn(f"no adapter for stock mlx-lm is written: {str(e) or type(e).__name__}")
+
     def go(self) -> TrainResult:
         """Train to the last step; save, evaluate and report on the way."""
         config = self.config
@@ -303,6 +321,7 @@ class Run:
         test = self.evaluate(self.test_set, config.test_batches) if self.test_set and config.test_batches else None
         if test:
             self.report({"event": "test", "iteration": self.done, **test.as_dict()})
+        self.export()
         return TrainResult(
             str(self.directory), self.done, self.sparse.size, meter.last_loss, before, after, test, self.best,
             meter.seconds, weights, peak, adapter.size_bytes(self.directory),

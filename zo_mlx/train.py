@@ -30,7 +30,7 @@ def train(
         resume: go on with the run in `adapter_path`; its own settings hold, and those given must agree with them.
         overwrite: replace a run in `adapter_path`.
         report: called with every event (`train`, `validation`, `test`, `stopped`, `chosen`,
-            `returned`, `warning`) as a dictionary; by default warnings become Python's.
+            `returned`, `exported`, `warning`) as a dictionary; by default warnings become Python's.
         progress: report progress on standard error.
         **settings: the fields of `TrainConfig`: model, data, adapter_path, iters, learning_rate ...
 
