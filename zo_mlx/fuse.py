@@ -21,7 +21,7 @@ from .errors import UsageError, ZoError
 from .files import check_space, new_directory, read_json
 from .index import SensitiveIndex
 from .model import check_snapshot, load_stock_model, load_tokenizer_of, read_own_index
-from .product import SWITCH_LAYERS, dequantized, weight_shape
+from .product import SWITCH_LAYERS, dequantized, stored_dtype, weight_shape
 from .progress import redirected_to_stderr
 
 BITS = (8, 16)
@@ -114,11 +114,9 @@ def _put(model: nn.Module, config: dict[str, Any], index: SensitiveIndex, values
     for path, tensor in index.tensors.items():
         layer = modules[path]
         own = values[start : (start := start + tensor.size)]
-        stored = layer.scales if "scales" in layer else layer.weight
-        dtype = stored.dtype if mx.issubdtype(stored.dtype, mx.floating) else tensor.values.dtype
         flat = dequantized(layer).reshape(-1)
         flat[mx.array(tensor.indices)] = own
-        weight = flat.reshape(weight_shape(layer)).astype(dtype)
+        weight = flat.reshape(weight_shape(layer)).astype(stored_dtype(layer))
         group_size = next((size for size in _GROUP_SIZES if weight.shape[-1] % size == 0), None)
         if "scales" in layer and bits == 8 and group_size:
             layer.weight, layer.scales, layer.biases = mx.quantize(weight, group_size, 8)

@@ -7,7 +7,8 @@ D.T @ D, those of the largest eigenvalues first,
     a[U] = R[:, :r]    b = (D @ R[:, :r]).T
 
 is the best approximation of D with rank r (Eckart and Young 1936), and is D where r is its rank. mlx-lm wants one rank
-for all layers of an adapter; layers of a lower rank are padded with zeros.
+for all layers of an adapter; layers of a lower rank are padded with zeros. At the full rank a and b are float32, as
+mlx-lm writes them; what is an approximation anyway is stored in the dtype of the quantized weights' scales.
 """
 
 import contextlib
@@ -31,15 +32,16 @@ from .config import check_range
 from .convert.sensitivity import DEFAULT_TEXT, token_windows
 from .errors import UsageError
 from .files import locked, write_atomically
-from .index import SensitiveIndex
+from .index import SensitiveIndex, read_index
 from .memory import bounded_cache
 from .model import check_snapshot, load_sparse
+from .product import stored_dtype
 from .sparse import SparseLinear
 from .switch import SparseSwitchLinear
 
 # Ranks are tried from below, until the mean KL divergence is at most this many nats.
 RANKS = (8, 16, 32, 64, 128, 256)
-MOST_KL = 1e-3
+MOST_KL = 2e-3
 # Eigenvectors of more columns than this take minutes.
 MOST_COLUMNS = 2048
 # The windows of text on which it is measured, and of their tokens how many are context alone.
@@ -106,7 +108,7 @@ def export(model: str | Path, adapter_path: str | Path, rank: int | None = None)
         model: the model directory.
         adapter_path: the adapter directory, or `best` in one.
         rank: of the LoRA adapter; None is the lowest of 8, 16, 32, 64, 128, 256 and the full rank with a KL divergence
-            of at most 1e-3 nats. More than the full rank is that.
+            of at most 0.002 nats. More than the full rank is that.
 
     Raises:
         UsageError: as `zo_mlx.load`; the adapter is being trained; the differences are in too many columns.
@@ -122,6 +124,23 @@ def export(model: str | Path, adapter_path: str | Path, rank: int | None = None)
         made = lora_adapter(sparse.model, index, snapshot.values, tokenizer, rank)
         made.write(directory, snapshot)
     return made.fit
+
+
+def write_loras(
+    directories: list[Path], model: nn.Module, model_directory: Path, tokenizer: TokenizerWrapper
+) -> Iterator[dict[str, Any]]:
+    """Write LoRA adapters of a run's directories, which may be of the same step; of each, yield what is to be told.
+
+    Args:
+        model: with sparse layers, whose values are set.
+    """
+    index, step = read_index(model_directory), None
+    for directory in directories:
+        snapshot = read_snapshot(directory)
+        if snapshot.step != step:
+            made, step = lora_adapter(model, index, snapshot.values, tokenizer), snapshot.step
+        made.write(directory, snapshot)
+        yield {"iteration": step, "path": str(directory), **asdict(made.fit)}
 
 
 def lora_adapter(
@@ -153,7 +172,7 @@ def lora_adapter(
     ranks = [*(r for r in RANKS if r < full), *([full] if full <= RANKS[-1] else [])] if rank is None else [rank]
     for wanted in ranks:
         r = min(wanted, full)
-        made = {layer.path: layer.lora(r) for layer in layers}
+        made = {layer.path: layer.lora(r, exact=r == full) for layer in layers}
         with _replaced(model, made):
             kl = _divergence(reference, _log_probabilities(model, windows))
         if kl <= MOST_KL:
@@ -185,10 +204,10 @@ class _Layer:
         self.energies, self._directions = energies[:, ::-1].clip(0), directions[:, :, ::-1].astype(np.float32)
         self.rank = int((self.energies > 1e-12 * self.energies.max()).sum(axis=1).max())
 
-    def lora(self, rank: int) -> nn.Module:
-        """mlx-lm's own layer in its place."""
+    def lora(self, rank: int, exact: bool) -> nn.Module:
+        """mlx-lm's own layer in its place; in float32 if it is to be exact."""
         switch = isinstance(self._sparse, SparseSwitchLinear)
-        lora = (LoRASwitchLinear if switch else LoRALinear).from_base(self._sparse.base, rank, scale=1.0)
+        lora = (LoRASwitchLinear if switch else LoRALinear).from_base(self._sparse.base, rank, scale=1.0)  # type: ignore[arg-type]
         columns, difference = self._sparse.difference(self._values)
         directions = self._directions[:, :, :rank]
         a = np.zeros((len(columns), lora.lora_a.shape[-1 if switch else 0], rank), np.float32)
@@ -196,11 +215,13 @@ class _Layer:
         # Added, because columns that fill up an expert's have the number of a real one.
         np.add.at(a[..., : directions.shape[2]], (experts, columns), directions)
         b = mx.array(directions).swapaxes(1, 2) @ difference
-        b = mx.pad(b, ((0, 0), (0, rank - b.shape[1]), (0, 0)))
+        b = mx.pad(b, [(0, 0), (0, rank - b.shape[1]), (0, 0)])
         if switch:
             lora.lora_a, lora.lora_b = mx.array(a.swapaxes(1, 2)), mx.contiguous(b.swapaxes(1, 2))
         else:
             lora.lora_a, lora.lora_b = mx.array(a[0]), b[0]
+        dtype = mx.float32 if exact else stored_dtype(self._sparse.base)
+        lora.lora_a, lora.lora_b = lora.lora_a.astype(dtype), lora.lora_b.astype(dtype)
         mx.eval(lora.lora_a, lora.lora_b)
         return lora
 

@@ -35,6 +35,12 @@ def weight_shape(layer: nn.Module) -> tuple[int, ...]:
     return (*rows, width * 32 // layer.bits if "scales" in layer else width)
 
 
+def stored_dtype(layer: nn.Module) -> mx.Dtype:
+    """The dtype in which a layer computes, as far as it shows: of its scales, or of its weight without any."""
+    dtype = (layer.scales if "scales" in layer else layer.weight).dtype
+    return dtype if mx.issubdtype(dtype, mx.floating) else mx.bfloat16  # scales that are exponents
+
+
 def dequantized(layer: nn.Module, rows: Any = slice(None), after: mx.array | None = None) -> mx.array:
     """The weight that a linear layer effectively multiplies by.
 

@@ -24,8 +24,7 @@ from .exact import ExactGradient
 from .files import check_space, reporting_disk_errors, sha256
 from .head import split_head
 from .index import FILE_NAME as INDEX
-from .index import read_index
-from .lora import lora_adapter
+from .lora import write_loras
 from .metric import CROSS_ENTROPY, Metric
 from .model import context_length, load_sparse
 from .optimizer import Optimizer, State
@@ -259,15 +258,10 @@ class Run:
 
     def export(self) -> None:
         """Write what stock mlx-lm loads, of the last and the best values; a run does not fail because that does."""
-        step = None
+        directories = [self.directory, *([self.directory / adapter.BEST] if self.best else [])]
         try:
-            index = read_index(Path(self.config.model))
-            for directory in (self.directory, self.directory / adapter.BEST)[: 2 if self.best else 1]:
-                snapshot = adapter.read_snapshot(directory)
-                if snapshot.step != step:
-                    lora, step = lora_adapter(self.sparse.model, index, snapshot.values, self.tokenizer), snapshot.step
-                lora.write(directory, snapshot)
-                self.report({"event": "exported", "iteration": step, "path": str(directory), **asdict(lora.fit)})
+            for found in write_loras(directories, self.sparse.model, Path(self.config.model), self.tokenizer):
+                self.report({"event": "exported", **found})
         except Exception as e:  # whatever an architecture does with mlx-lm's LoRA layers
             self.warn(f"no adapter for stock mlx-lm is written: {str(e) or type(e).__name__}")
 
