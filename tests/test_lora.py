@@ -12,6 +12,7 @@ import mlx_lm
 import numpy as np
 import pytest
 from conftest import dense_weights
+from mlx_lm import fuse as mlx_lm_fuse
 from mlx_lm.models import qwen3_moe
 
 import zo_mlx
@@ -120,6 +121,17 @@ def test_stock_generate_runs_from_the_command_line(spread: Path, trained: Path) 
     more = ["--prompt", "apple 1 ->", "--ignore-chat-template", "--max-tokens", "4", "--temp", "0", "--verbose", "F"]
     got = subprocess.run([*command, *more], capture_output=True, text=True, timeout=300)
     assert got.returncode == 0, got.stderr
+
+
+def test_stock_fuse_takes_the_adapter(
+    spread: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zo_mlx.export(spread, trained, rank=10_000)
+    arguments = ["--model", str(spread), "--adapter-path", str(trained), "--save-path", str(tmp_path / "f")]
+    monkeypatch.setattr(sys, "argv", ["mlx_lm.fuse", *arguments, "--dequantize"])
+    mlx_lm_fuse.main()
+    ours = _ours(spread, trained)
+    assert np.abs(_stock(tmp_path / "f") - ours).max() < 0.1 * np.abs(_stock(spread) - ours).max()
 
 
 def test_what_is_exported_is_of_the_last_step_or_not_there(spread: Path, choice_data: Path, tmp_path: Path) -> None:

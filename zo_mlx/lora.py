@@ -40,12 +40,12 @@ from .sparse import SparseLinear
 from .switch import SparseSwitchLinear
 
 # Ranks are tried from below, until the mean KL divergence is at most this many nats.
-RANKS = (8, 16, 32, 64, 128, 256)
+RANKS = (16, 32, 64, 128, 256)
 MOST_KL = 2e-3
 # Eigenvectors of more columns than this take minutes.
 MOST_COLUMNS = 2048
 # The windows of text on which it is measured, and of their tokens how many are context alone.
-_WINDOWS, _TOKENS, _CONTEXT = 4, 64, 32
+_WINDOWS, _TOKENS, _CONTEXT = 4, 48, 16
 _CHARACTERS = 16_384
 
 
@@ -107,7 +107,7 @@ def export(model: str | Path, adapter_path: str | Path, rank: int | None = None)
     Args:
         model: the model directory.
         adapter_path: the adapter directory, or `best` in one.
-        rank: of the LoRA adapter; None is the lowest of 8, 16, 32, 64, 128, 256 and the full rank with a KL divergence
+        rank: of the LoRA adapter; None is the lowest of 16, 32, 64, 128, 256 and the full rank with a KL divergence
             of at most 0.002 nats. More than the full rank is that.
 
     Raises:
@@ -165,7 +165,8 @@ def lora_adapter(
         modules[path].set_values(partial(mx.expand_dims, own, 0))  # made when it is used: of all, D takes much memory
         layers.append(_Layer(path, modules[path], own))
     layers = [layer for layer in layers if layer.rank]
-    windows = token_windows(tokenizer, DEFAULT_TEXT.read_text(encoding="utf-8")[:_CHARACTERS], _TOKENS)[:_WINDOWS]
+    text = DEFAULT_TEXT.read_text(encoding="utf-8")[:_CHARACTERS]
+    windows = mx.array(token_windows(tokenizer, text, _TOKENS)[:_WINDOWS])
     reference = _log_probabilities(model, windows)
     full = max((layer.rank for layer in layers), default=1)
     total = sum(layer.energies.sum() for layer in layers)
@@ -174,7 +175,7 @@ def lora_adapter(
         r = min(wanted, full)
         made = {layer.path: layer.lora(r, exact=r == full) for layer in layers}
         with _replaced(model, made):
-            kl = _divergence(reference, _log_probabilities(model, windows))
+            kl = float(kl_divergence(reference, _log_probabilities(model, windows)).mean())
         if kl <= MOST_KL:
             break
     left = sum(layer.energies[..., r:].sum() for layer in layers)
@@ -237,21 +238,16 @@ def _replaced(model: nn.Module, layers: dict[str, nn.Module]) -> Iterator[None]:
         model.update_modules(tree_unflatten([(path, modules[path]) for path in layers]))
 
 
-def _log_probabilities(model: nn.Module, windows: np.ndarray) -> list[mx.array]:
-    """Of the next token, after the last tokens of each window: (N, T) tokens -> N times (T', V) float32."""
-    found = []
-    for tokens in windows:
-        logits = model(mx.array(tokens[None]))[0, _CONTEXT:].astype(mx.float32)
-        found.append(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
-        mx.eval(found[-1])
+def _log_probabilities(model: nn.Module, windows: mx.array) -> mx.array:
+    """Of the next token, after the last tokens of each window: (N, T) tokens -> (N, T', V) float32."""
+    logits = model(windows)[:, _CONTEXT:].astype(mx.float32)
+    found = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    mx.eval(found)
     return found
 
 
-def _divergence(reference: list[mx.array], other: list[mx.array]) -> float:
-    """The mean KL divergence, in nats."""
-    means = []
-    for p, q in zip(reference, other, strict=True):
-        # Beside sum(p log(p / q)), sum(q - p) = 0: no term is then of first order in what is rounded.
-        difference = mx.maximum(p - q, -80)
-        means.append((mx.exp(p) * (difference + mx.expm1(-difference))).sum(axis=-1).mean())
-    return float(mx.stack(means).mean())
+def kl_divergence(p: mx.array, q: mx.array) -> mx.array:
+    """KL divergence in nats of log-probabilities q from p: (..., V) -> (...)"""
+    # Beside sum(p log(p / q)), sum(q - p) = 0: no term is then of first order in what is rounded.
+    difference = mx.maximum(p - q, -80)
+    return (mx.exp(p) * (difference + mx.expm1(-difference))).sum(axis=-1)
