@@ -12,13 +12,14 @@ import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
-from conftest import dense_weights
+from conftest import dense_weights, tiny_experts
 from mlx.utils import tree_flatten
 
 import zo_mlx
 from zo_mlx import adapter
 from zo_mlx.cli import main
 from zo_mlx.errors import UsageError
+from zo_mlx.fuse import _put
 from zo_mlx.index import read_index
 
 TOKENS = mx.array([[5, 80, 33, 101, 7, 256, 44, 90]])
@@ -116,6 +117,22 @@ def test_an_unquantized_layer_stays_as_it_is(tiny_hf: Path, choice_data: Path, t
     model.set_dtype(mx.float32)
     ours = np.array(zo_mlx.load(tmp_path / "m", tmp_path / "a")[0](TOKENS))
     assert np.abs(np.array(model(TOKENS)) - ours).max() < 0.05 * np.abs(ours).max()
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_experts_hold_the_values(bits: int) -> None:
+    model, index, dense = tiny_experts()
+    ((path, tensor),) = index.tensors.items()
+    config: dict[str, Any] = {"quantization": {"group_size": 32, "bits": 4}}
+    _put(model, config, index, tensor.values, bits)
+    layer = dict(model.named_modules())[path]
+    got = layer.weight
+    if bits == 8:
+        settings = {"group_size": 32, "bits": 8, "mode": "affine"}
+        got = mx.dequantize(layer.weight, layer.scales, layer.biases, **settings)
+        assert config["quantization"][path] == settings
+    assert mx.abs(got - dense).max() <= (0.501 * mx.abs(layer.scales).max() if bits == 8 else 0)
+    assert mx.isfinite(model(TOKENS)).all()
 
 
 def test_gguf_holds_the_weights_under_llama_cpps_names(

@@ -18,7 +18,7 @@ from mlx_lm.utils import dequantize_model
 from .adapter import read_snapshot
 from .convert.write import model_bytes, upload, write_model
 from .errors import UsageError, ZoError
-from .files import check_space, new_directory, read_json
+from .files import check_space, new_directory, read_json, reporting_disk_errors
 from .index import SensitiveIndex
 from .model import check_snapshot, load_stock_model, load_tokenizer_of, read_own_index
 from .product import SWITCH_LAYERS, dequantized, stored_dtype, weight_shape
@@ -97,7 +97,8 @@ def fuse(
         config.pop("quantization", None)
         config.pop("quantization_config", None)
     size = model_bytes(loaded)
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with reporting_disk_errors(out):
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
     check_space(out.absolute().parent, size * (2 if export_gguf else 1))
     with new_directory(out) as beside:
         write_model(beside, directory, None, loaded, tokenizer, config, lambda _: None, progress)
@@ -140,7 +141,8 @@ def _check_gguf(directory: Path, config: dict[str, Any], dequantize: bool, name:
         raise UsageError(f"--gguf-path {name} must be a file name: the file is put into the directory to write")
     if config["model_type"] not in _GGUF_TYPES:
         raise UsageError(f"mlx-lm writes GGUF files of {', '.join(_GGUF_TYPES)} models, not of {config['model_type']}")
-    if not read_json(directory / "tokenizer.json").get("model", {}).get("byte_fallback"):
+    vocabulary = read_json(directory / "tokenizer.json").get("model")
+    if not isinstance(vocabulary, dict) or not vocabulary.get("byte_fallback"):
         raise UsageError(
             "mlx-lm writes GGUF files with a SentencePiece vocabulary, and the model has another one; leave out "
             "--export-gguf, and give the result to llama.cpp's convert_hf_to_gguf.py"
