@@ -12,7 +12,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.gguf import convert_to_gguf
-from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import dequantize_model
 
 from .adapter import read_snapshot
@@ -21,7 +20,7 @@ from .errors import UsageError, ZoError
 from .files import check_space, new_directory, read_json, reporting_disk_errors
 from .index import SensitiveIndex
 from .model import check_snapshot, load_stock_model, load_tokenizer_of, read_own_index
-from .product import SWITCH_LAYERS, dequantized, stored_dtype, weight_shape
+from .product import make_dense, stored_dtype, with_values
 from .progress import redirected_to_stderr
 
 BITS = (8, 16)
@@ -115,9 +114,7 @@ def _put(model: nn.Module, config: dict[str, Any], index: SensitiveIndex, values
     for path, tensor in index.tensors.items():
         layer = modules[path]
         own = values[start : (start := start + tensor.size)]
-        flat = dequantized(layer).reshape(-1)
-        flat[mx.array(tensor.indices)] = own
-        weight = flat.reshape(weight_shape(layer)).astype(stored_dtype(layer))
+        weight = with_values(layer, tensor.indices, own).astype(stored_dtype(layer))
         group_size = next((size for size in _GROUP_SIZES if weight.shape[-1] % size == 0), None)
         if "scales" in layer and bits == 8 and group_size:
             layer.weight, layer.scales, layer.biases = mx.quantize(weight, group_size, 8)
@@ -126,10 +123,7 @@ def _put(model: nn.Module, config: dict[str, Any], index: SensitiveIndex, values
             layer.group_size, layer.bits, layer.mode = settings.values()
             config["quantization"][path] = settings
         else:
-            layer.weight = weight
-            for name in ("scales", "biases", "global_scale"):
-                layer.pop(name, None)
-            layer.__class__ = SwitchLinear if isinstance(layer, SWITCH_LAYERS) else nn.Linear
+            make_dense(layer, weight)
             config.get("quantization", {}).pop(path, None)
 
 
