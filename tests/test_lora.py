@@ -18,7 +18,8 @@ import zo_mlx
 from zo_mlx import adapter, lora
 from zo_mlx.cli import main
 from zo_mlx.errors import UsageError
-from zo_mlx.index import read_index
+from zo_mlx.files import sha256
+from zo_mlx.index import FILE_NAME, read_index
 from zo_mlx.sparse import SparseModel
 
 TOKENS = mx.array([[5, 80, 33, 101, 7, 256, 44, 90]])
@@ -205,6 +206,24 @@ def test_experts_get_a_difference_each() -> None:
     assert made.fit.kl < 1e-9 and made.fit.rank == made.fit.full_rank
     a, b = made.tensors[f"{path}.lora_a"], made.tensors[f"{path}.lora_b"]
     assert mx.abs(weight + b @ a - dense).max() < 1e-5
+
+
+def test_a_real_model_keeps_its_distributions(smollm2: Path, tmp_path: Path) -> None:
+    """Of a prompt that the rank was not chosen by; values as far from the 4-bit ones as training puts them."""
+    index = read_index(smollm2)
+    values = index.initial_values()
+    values = values + 0.05 * mx.abs(values).mean() * mx.random.normal(values.shape, key=mx.random.key(0))
+    prints = {"base_model": index.metadata["base_model"], "index": sha256(smollm2 / FILE_NAME)}
+    adapter.write_snapshot(tmp_path, adapter.Snapshot(1, "0", prints, values), {})
+    fit = zo_mlx.export(smollm2, tmp_path)
+    assert fit.kl <= 2e-3 and fit.rank <= 128
+    stock, tokenizer = mlx_lm.load(str(smollm2), adapter_path=str(tmp_path))
+    stock.set_dtype(mx.float32)  # CPU products in bfloat16 are very slow
+    tokens = mx.array([tokenizer.encode("The film is a delight from start to end. It was")])
+    p, q = (nn.log_softmax(m(tokens)[0], axis=-1) for m in (zo_mlx.load(smollm2, tmp_path)[0], stock))
+    base = nn.log_softmax(zo_mlx.load(smollm2)[0](tokens)[0], axis=-1)
+    kl, effect = ((mx.exp(p) * (p - other)).sum(axis=-1).mean().item() for other in (q, base))
+    assert kl < 0.01 < effect
 
 
 @pytest.mark.parametrize(
