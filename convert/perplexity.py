@@ -9,14 +9,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..blocks import opened, run_blocks
 from ..errors import UsageError
 from ..index import SensitiveIndex
 from ..model import load_stock_model
-from ..product import SWITCH_LAYERS, dequantized, prepare, weight_shape
+from ..product import make_dense, prepare, with_values
 from ..progress import Progress
 from .sensitivity import sequence_loss, token_windows
 from .sources import Source
@@ -103,10 +102,5 @@ def with_sensitive_weights(model: nn.Module, index: SensitiveIndex) -> nn.Module
     modules = dict(model.named_modules())
     for path, tensor in index.tensors.items():
         layer = modules[path]
-        flat = dequantized(layer).reshape(-1)
-        flat[mx.array(tensor.indices)] = tensor.values.astype(mx.float32)
-        layer.weight = flat.reshape(weight_shape(layer)).astype(tensor.values.dtype)
-        for name in ("scales", "biases", "global_scale"):
-            layer.pop(name, None)
-        layer.__class__ = SwitchLinear if isinstance(layer, SWITCH_LAYERS) else nn.Linear
+        make_dense(layer, with_values(layer, tensor.indices, tensor.values).astype(tensor.values.dtype))
     return model

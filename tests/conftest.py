@@ -9,11 +9,14 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from mlx_lm.models import llama
+from mlx_lm.models import llama, qwen3_moe
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from zo_mlx.index import SensitiveIndex, SensitiveTensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from smollm2 import smollm2_path
@@ -136,6 +139,28 @@ def smollm2(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     path = tmp_path_factory.mktemp("mlx") / "smollm2"
     zo_mlx.convert(str(smollm2_gguf), str(path), num_samples=2, sequence_length=64, progress=False)
     return path
+
+
+def tiny_experts() -> tuple[nn.Module, SensitiveIndex, mx.array]:
+    """A random mixture of experts; 60 weights of a quantized layer, with other values; its dense weight with them."""
+    mx.random.seed(1)
+    arguments = qwen3_moe.ModelArgs(
+        model_type="qwen3_moe", hidden_size=32, num_hidden_layers=2, intermediate_size=64, num_attention_heads=2,
+        num_experts=4, num_experts_per_tok=2, decoder_sparse_step=1, mlp_only_layers=[], moe_intermediate_size=32,
+        rms_norm_eps=1e-5, vocab_size=258, num_key_value_heads=2, head_dim=16, rope_theta=1e4,
+        tie_word_embeddings=True, max_position_embeddings=64, norm_topk_prob=True,
+    )  # fmt: skip
+    model, path = qwen3_moe.Model(arguments), "model.layers.1.mlp.switch_mlp.up_proj"
+    nn.quantize(model, 32, 4, class_predicate=lambda p, _: p == path)
+    layer = dict(model.named_modules())[path]
+    rng = np.random.default_rng(0)
+    indices = np.sort(rng.choice(4 * 32 * 32, 60, replace=False)).astype(np.uint32)
+    values = mx.array(rng.normal(size=60).astype(np.float32))
+    weight = mx.dequantize(layer.weight, layer.scales, layer.biases, group_size=32, bits=4)
+    flat = weight.reshape(-1)
+    flat[mx.array(indices)] = values
+    index = SensitiveIndex({path: SensitiveTensor(indices, values, np.ones(60, np.float32))})
+    return model, index, flat.reshape(weight.shape)
 
 
 def dense_weights(model: nn.Module) -> dict[str, mx.array]:

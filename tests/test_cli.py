@@ -49,7 +49,8 @@ def test_json_output_is_one_object_a_line(
     arguments = ["--model", str(tiny), "--data", str(choice_data), "--adapter-path", str(tmp_path / "a"), *TRAIN]
     assert main(["train", *arguments, "--json"]) == 0
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [e["event"] for e in events] == ["validation", "train", "validation", "result"]
+    exported = ["exported", "exported"]  # the last and the best
+    assert [e["event"] for e in events] == ["validation", "train", "validation", *exported, "result"]
     assert events[-1]["after"]["accuracy"] == events[2]["accuracy"]
 
 

@@ -11,7 +11,9 @@ from .config import TrainConfig
 from .convert import Conversion, convert
 from .errors import UsageError, ZoError
 from .evaluate import Evaluation, evaluate
+from .fuse import Fused, fuse
 from .generate import generate
+from .lora import Fit, export
 from .model import load
 from .replay import Replay, replay
 from .result import TrainResult
@@ -21,6 +23,8 @@ from .train import train
 __all__ = [
     "Conversion",
     "Evaluation",
+    "Fit",
+    "Fused",
     "Replay",
     "SeedsResult",
     "TrainConfig",
@@ -29,6 +33,8 @@ __all__ = [
     "ZoError",
     "convert",
     "evaluate",
+    "export",
+    "fuse",
     "generate",
     "load",
     "replay",

@@ -2,7 +2,7 @@
 
 `values.safetensors` is the result. `optimizer.safetensors` only saves time: without it, or where the two are not of the
 same step, a resume replays the journal from the start. `best/` is an adapter of its own: the values that had the lowest
-validation loss.
+validation loss. What stock mlx-lm loads is made of the values when a run ends.
 """
 
 import hashlib
@@ -23,6 +23,8 @@ from .journal import FILE_NAME as JOURNAL
 VALUES = "values.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 BEST = "best"
+# Written by `lora`, named as mlx-lm names them.
+LORA_CONFIG, LORA_TENSORS = "adapter_config.json", "adapters.safetensors"
 FORMAT = "zo-mlx-values"
 VERSION = 2
 
@@ -48,13 +50,21 @@ class Best:
 
 def has_run(directory: Path) -> bool:
     """Whether an adapter directory holds a run, or files that a run would replace."""
-    return any((directory / name).exists() for name in (JOURNAL, VALUES, OPTIMIZER))
+    return any((directory / name).exists() for name in (JOURNAL, VALUES, OPTIMIZER, LORA_CONFIG, LORA_TENSORS))
 
 
 def remove_run(directory: Path) -> None:
     """Remove a run's files but for the journal, which a new run replaces."""
     for name in (VALUES, OPTIMIZER, f"{BEST}/{VALUES}"):
         (directory / name).unlink(missing_ok=True)
+    remove_lora(directory)
+
+
+def remove_lora(directory: Path) -> None:
+    """Remove what stock mlx-lm would load, which goes out of date as soon as a run goes on."""
+    for place in (directory, directory / BEST):
+        for name in (LORA_CONFIG, LORA_TENSORS):
+            (place / name).unlink(missing_ok=True)
 
 
 def size_bytes(directory: Path) -> int:

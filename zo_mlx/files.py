@@ -93,14 +93,17 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 @contextlib.contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """Yield an empty directory beside `path`, which does not exist, and rename it to `path` if the block succeeds."""
+    """Yield an empty directory beside `path`, which does not exist; then rename it, or remove it if the block fails."""
     beside = path.with_name(f".{path.name}.new")
     shutil.rmtree(beside, ignore_errors=True)
     with reporting_disk_errors(path):
         beside.mkdir()
-        yield beside
-        sync(beside)
-        beside.rename(path)
+        try:
+            yield beside
+            sync(beside)
+            beside.rename(path)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
 
 
 def check_space(directory: Path, needed: int) -> None:

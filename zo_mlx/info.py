@@ -27,7 +27,7 @@ def info(path: str | Path) -> dict[str, Any]:
         directory = directory.parent
     if not directory.is_dir():
         raise UsageError(f"no such directory: {directory}")
-    if adapter.has_run(directory):
+    if (directory / JOURNAL).exists() or (directory / adapter.VALUES).exists():
         return _adapter(directory)
     if (directory / "config.json").exists():
         return _model(directory)

@@ -9,7 +9,7 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model, load_tokenizer
 
-from .adapter import read_snapshot
+from .adapter import Snapshot, read_snapshot
 from .errors import UsageError
 from .files import count_tensors, read_json, sha256
 from .index import FILE_NAME as INDEX
@@ -183,9 +183,14 @@ def read_values(adapter_path: Path, directory: Path, index: SensitiveIndex) -> m
         UsageError: the adapter is damaged or belongs to another model or index.
     """
     snapshot = read_snapshot(adapter_path)
+    check_snapshot(snapshot, adapter_path, directory, index)
+    return snapshot.values
+
+
+def check_snapshot(snapshot: Snapshot, adapter_path: str | Path, directory: Path, index: SensitiveIndex) -> None:
+    """Raise UsageError if an adapter's values do not belong to a model directory and its index."""
     check_fingerprints(f"the adapter {adapter_path}", snapshot.fingerprints, fingerprints(directory, index))
     if snapshot.values.size != index.size:
         raise UsageError(
             f"the adapter {adapter_path} is damaged: it has {snapshot.values.size} values, not {index.size}"
         )
-    return snapshot.values

@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 SWITCH_LAYERS = (SwitchLinear, QuantizedSwitchLinear)
@@ -35,6 +36,12 @@ def weight_shape(layer: nn.Module) -> tuple[int, ...]:
     return (*rows, width * 32 // layer.bits if "scales" in layer else width)
 
 
+def stored_dtype(layer: nn.Module) -> mx.Dtype:
+    """The dtype in which a layer computes, as far as it shows: of its scales, or of its weight without any."""
+    dtype = (layer.scales if "scales" in layer else layer.weight).dtype
+    return dtype if mx.issubdtype(dtype, mx.floating) else mx.bfloat16  # scales that are exponents
+
+
 def dequantized(layer: nn.Module, rows: Any = slice(None), after: mx.array | None = None) -> mx.array:
     """The weight that a linear layer effectively multiplies by.
 
@@ -58,6 +65,21 @@ def dequantized(layer: nn.Module, rows: Any = slice(None), after: mx.array | Non
     if after is not None:
         (packed,) = mx.depends([packed], [mx.stop_gradient(after)])
     return mx.dequantize(packed, scales, biases, **settings)
+
+
+def with_values(layer: nn.Module, indices: np.ndarray, values: mx.array) -> mx.array:
+    """`dequantized`, with other values (n,) at some flat positions (n,) of the weight."""
+    flat = dequantized(layer).reshape(-1)
+    flat[mx.array(indices)] = values.astype(mx.float32)
+    return flat.reshape(weight_shape(layer))
+
+
+def make_dense(layer: nn.Module, weight: mx.array) -> None:
+    """Give a linear layer a dense weight, whether it was quantized or not."""
+    layer.weight = weight
+    for name in ("scales", "biases", "global_scale"):
+        layer.pop(name, None)
+    layer.__class__ = SwitchLinear if isinstance(layer, SWITCH_LAYERS) else nn.Linear
 
 
 def _scales(layer: nn.Module, rows: Any = slice(None), cast: bool = True) -> tuple[mx.array, mx.array | None]:

@@ -6,7 +6,7 @@ from typing import Any
 from . import adapter
 from .config import CHANGEABLE, TrainConfig
 from .errors import UsageError
-from .files import check_space
+from .files import check_space, reporting_disk_errors
 from .journal import DATA, Journal, data_id, record_size
 from .metric import is_function
 from .model import check_fingerprints
@@ -49,6 +49,8 @@ def resume(run: Run, past: Journal, changed_data: bool) -> None:
     if past.damage:
         run.warn(f"{past.damage}: going on after step {len(past)}; the whole journal is kept beside it")
     check_space(run.directory, (run.config.iters - len(past)) * record_size(past.header))
+    with reporting_disk_errors(run.directory):
+        adapter.remove_lora(run.directory)
     run.journal = past
     if last := past.last():
         run.config.tokens_at_once = last.tokens_at_once or None

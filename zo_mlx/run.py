@@ -23,6 +23,7 @@ from .files import check_space, reporting_disk_errors, sha256
 from .fit import blocks_that_fit, exact_tokens_that_fit, longest_batch, tokens_that_fit
 from .head import split_head
 from .interrupts import finished_first
+from .lora import write_loras
 from .memory import OVERRUN, is_shortage
 from .metric import CROSS_ENTROPY, Metric
 from .model import context_length, fingerprints, load_sparse
@@ -267,6 +268,15 @@ class Run:
     def save(self) -> None:
         adapter.write_snapshot(self.directory, self.snapshot(), self.state)
 
+    def export(self) -> None:
+        """Write what stock mlx-lm loads, of the last and the best values; a run does not fail because that does."""
+        directories = [self.directory, *([self.directory / adapter.BEST] if self.best else [])]
+        try:
+            for found in write_loras(directories, self.sparse.model, Path(self.config.model), self.tokenizer):
+                self.report({"event": "exported", **found})
+        except Exception as e:  # whatever an architecture does with mlx-lm's LoRA layers
+            self.warn(f"no adapter for stock mlx-lm is written: {str(e) or type(e).__name__}")
+
     def go(self) -> TrainResult:
         """Train to the last step; save, evaluate and report on the way."""
         try:
@@ -315,6 +325,7 @@ class Run:
         test = self.evaluate(self.test_set, config.test_batches) if self.test_set and config.test_batches else None
         if test:
             self.report({"event": "test", "iteration": self.done, **test.as_dict()})
+        self.export()
         return TrainResult(
             str(self.directory), self.done, self.sparse.size, meter.last_loss, before, after, test, self.best,
             meter.seconds, weights, peak, adapter.size_bytes(self.directory),

@@ -62,6 +62,10 @@ class SparseLinear(nn.Module):
         once = isinstance(values, mx.array) and len(values) == 1
         self._difference = self._make_difference(values, slice(0, self._out)) if once else None  # type: ignore[arg-type]
 
+    def difference(self, values: mx.array) -> tuple[np.ndarray, mx.array]:
+        """What values (n,) add to the base weights: columns (1, |U|), and D transposed (1, |U|, out)."""
+        return self._used[None], self._make_difference(values[None], slice(0, self._out))
+
     def _make_difference(self, values: mx.array, rows: slice, after: mx.array | None = None) -> mx.array:
         """Some rows of D for every branch, transposed: (P, |U|, rows). Not begun before `after` is made."""
         own, slots = self._part(rows)

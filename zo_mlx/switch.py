@@ -48,10 +48,17 @@ class SparseSwitchLinear(nn.Module):
             self._difference = None
             return
         (own,) = values() if callable(values) else values
+        _, self._difference = self.difference(own)
+
+    def difference(self, values: mx.array) -> tuple[np.ndarray, mx.array]:
+        """What values (n,) add to the base weights: columns (E, C) of the experts, and each D transposed (E, C, out).
+
+        Experts with fewer columns than the most have column 0 again, with a difference of 0.
+        """
         experts, columns = self._columns.shape
         difference = mx.zeros(experts * columns * self._out)
-        difference[self._slots] = own - self._base_values
-        self._difference = difference.reshape(experts, columns, self._out)
+        difference[self._slots] = values - self._base_values
+        return np.array(self._columns), difference.reshape(experts, columns, self._out)
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         """x: (..., 1, in) rows and (...) experts, as mlx-lm's layer takes them -> (..., 1, out)."""

@@ -10,6 +10,7 @@ from typing import Any
 from .. import train, train_seeds
 from ..adapter import BEST
 from ..config import TrainConfig, value_type
+from ..lora import Fit
 from ..lora_settings import CHECKED, NOT_HERE, read_yaml, understood
 from ..progress import print_line
 from . import add_command
@@ -101,6 +102,8 @@ def _print_event(event: dict[str, Any]) -> None:
             f"Iter {event['iteration']}: the loss rose too far: back to the values of step {event['step']}, "
             f"learning rate halved {event['halvings']} times"
         )
+    elif event["event"] == "exported":
+        line = f"Iter {event['iteration']}: {event['path']} for stock mlx-lm, {Fit.of(event)}"
     elif event["event"] == "warning":
         line = f"Warning: {event['message']}"
     elif event["event"] == "stopped":
