@@ -33,11 +33,13 @@ PATHS = {
     "data",
     "draft_model",
     "hf_path",
+    "journal",
     "mlx_path",
     "model",
     "path",
     "perplexity_data",
     "plot",
+    "save_path",
 }
 
 

@@ -168,7 +168,7 @@ def load(path: str | Path, adapter_path: str | Path | None = None) -> tuple[nn.M
         model, config = load_stock_model(directory)
         return prepare(model), load_tokenizer_of(directory, config)
     sparse, tokenizer, index, _ = load_sparse(directory)
-    sparse.set_values(read_values(Path(adapter_path), directory, index)[None])
+    sparse.set_values(read_values(Path(adapter_path), directory, index)[None], keep=True)
     return sparse.model, tokenizer
 
 

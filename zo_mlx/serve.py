@@ -114,7 +114,7 @@ class Provider(ModelProvider):  # type: ignore[misc]
         if key != self.model_key:
             if self._sparse:
                 values = self._values[name]
-                self._sparse.set_values(None if values is None else values[None])
+                self._sparse.set_values(None if values is None else values[None], keep=True)
             self.model, self.tokenizer, self.model_key = self._model, self._tokenizer, key
             self.is_batchable = all(hasattr(cache, "merge") for cache in make_prompt_cache(self.model))
         return self.model, self.tokenizer

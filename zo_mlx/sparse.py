@@ -175,7 +175,7 @@ class SparseModel:
             if number >= len(self.model.layers) - blocks:
                 kept.append((layer, start, end))
             else:
-                layer.set_values(values[None, start:end])
+                layer.set_values(partial(mx.expand_dims, values[start:end], 0))
         if not kept:
             raise UsageError(f"--num-layers {blocks}: the last {blocks} blocks have no sensitive weights")
         self._layers = [layer for layer, _, _ in kept]
@@ -212,14 +212,20 @@ class SparseModel:
         numbers = {id(m): i for i, block in enumerate(blocks) for m in block.modules()}
         return [numbers.get(id(layer), len(blocks)) for layer in self._layers]
 
-    def set_values(self, values: mx.array | Branches | None) -> None:
-        """Set the values of P branches, (P, K) float32; None computes with the base model alone."""
+    def set_values(self, values: mx.array | Branches | None, keep: bool = False) -> None:
+        """Set the values of P branches.
+
+        Args:
+            values: (P, K) float32; None computes with the base model alone.
+            keep: hold every layer's D, where P = 1: worth its memory where text is generated token by token.
+        """
         starts = [0, *self._ends[:-1]]
         for layer, start, end in zip(self._layers, starts, self._ends, strict=True):
             if isinstance(values, Branches):
                 layer.set_values(partial(values.part, start, end))
             else:
-                layer.set_values(None if values is None else values[:, start:end])
+                own = None if values is None else values[:, start:end]
+                layer.set_values(own if keep or own is None else partial(_same, own))
 
     def check_branches(self) -> None:
         """Find out whether branches stacked in one pass are computed apart, by comparing with passes of their own.
@@ -245,6 +251,10 @@ class SparseModel:
             raise UsageError(f"{type(self.model).__module__} cannot be trained: {type(e).__name__}: {e}") from None
         finally:
             self.set_values(None)
+
+
+def _same(values: mx.array) -> mx.array:
+    return values
 
 
 def _mismatch(module: nn.Module | None, last: int) -> str | None:

@@ -6,6 +6,7 @@ from unittest import mock
 
 import mlx_lm.server as stock
 
+from ..errors import UsageError
 from ..serve import serve
 from . import add_command, add_stock
 
@@ -26,17 +27,26 @@ def add(commands: Any) -> None:
         help="Adapter directory; may be repeated. Requests choose one by name (without one: by this path) in the field "
         "adapters or model; those that do not get the first one without a name, or the base model.",
     )
-    add_stock(p, _stock_parser(), without={"--model", "--adapter-path", *WITHOUT})
+    if parser := _stock_parser():
+        add_stock(p, parser, without={"--model", "--adapter-path", *WITHOUT})
+    else:  # the other commands are not to suffer
+        p.set_defaults(run=_unknown)
 
 
-def _stock_parser() -> argparse.ArgumentParser:
-    """mlx-lm's parser of flags, which its `main` makes and keeps to itself."""
+def _unknown(args: argparse.Namespace) -> None:
+    raise UsageError("the installed mlx-lm has a server that zo-mlx does not know: another version of either is needed")
+
+
+def _stock_parser() -> argparse.ArgumentParser | None:
+    """mlx-lm's parser of flags, which its `main` makes and keeps to itself; None if it does so no more."""
     with mock.patch.object(argparse.ArgumentParser, "parse_known_args", autospec=True, side_effect=_Made) as parse:
         try:
             stock.main()
         except _Made:
             return parse.call_args.args[0]
-    raise AssertionError("mlx_lm.server parses no arguments")
+        except Exception:
+            return None
+    return None
 
 
 class _Made(Exception):
