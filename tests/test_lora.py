@@ -18,8 +18,8 @@ import zo_mlx
 from zo_mlx import adapter, lora
 from zo_mlx.cli import main
 from zo_mlx.errors import UsageError
-from zo_mlx.files import sha256
-from zo_mlx.index import FILE_NAME, read_index
+from zo_mlx.index import read_index
+from zo_mlx.model import fingerprints
 from zo_mlx.sparse import SparseModel
 
 TOKENS = mx.array([[5, 80, 33, 101, 7, 256, 44, 90]])
@@ -213,7 +213,7 @@ def test_a_real_model_keeps_its_distributions(smollm2: Path, tmp_path: Path) -> 
     index = read_index(smollm2)
     values = index.initial_values()
     values = values + 0.05 * mx.abs(values).mean() * mx.random.normal(values.shape, key=mx.random.key(0))
-    prints = {"base_model": index.metadata["base_model"], "index": sha256(smollm2 / FILE_NAME)}
+    prints = fingerprints(smollm2, index)
     adapter.write_snapshot(tmp_path, adapter.Snapshot(1, "0", prints, values), {})
     fit = zo_mlx.export(smollm2, tmp_path)
     assert fit.kl <= 2e-3 and fit.rank <= 128
