@@ -11,8 +11,9 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 demo: .venv/smollm2
 	$(BIN)/python examples/demo.py
 
+# Several processes of one thread each: OpenBLAS's threads would wait for each other.
 test: .venv/smollm2
-	$(BIN)/python -m pytest
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 check: .venv/lint
 	$(BIN)/ruff check .

@@ -98,7 +98,7 @@ class Lora:
         }
         (directory / LORA_CONFIG).unlink(missing_ok=True)
         write_atomically(directory / LORA_TENSORS, lambda p: mx.save_safetensors(str(p), self.tensors))
-        write_atomically(directory / LORA_CONFIG, lambda p: p.write_text(json.dumps(config, indent=4)))
+        write_atomically(directory / LORA_CONFIG, lambda p: p.write_text(json.dumps(config, indent=4, sort_keys=True)))
 
 
 def export(model: str | Path, adapter_path: str | Path, rank: int | None = None) -> Fit:

@@ -30,6 +30,8 @@ from zo_mlx.errors import UsageError, ZoError
 from zo_mlx.journal import FILE_NAME as JOURNAL
 from zo_mlx.journal import Journal
 
+EXPORT = "no adapter for stock mlx-lm is written: cannot write"
+
 
 class FullDisk:
     """Lets calls that take space fail, from the `at`-th on; only that one if `once`."""
@@ -99,11 +101,15 @@ def main() -> int:
             for at in range(1, writes.count + 1):
                 for once in (True, False):
                     shutil.rmtree(out)
-                    problem: str | None = "no error"
+                    problem: str | None
+                    told: list[dict[str, Any]] = []
                     with pytest.MonkeyPatch.context() as patch:
                         FullDisk(patch, at, once)
                         try:
-                            zo_mlx.train(**settings)
+                            zo_mlx.train(report=told.append, **settings)
+                            # What is made of the values of a run that is over is no reason for it to fail.
+                            warned = any(EXPORT in str(event.get("message")) for event in told)
+                            problem = None if warned else "no error"
                         except ZoError as e:
                             problem = None if str(e).startswith("cannot write ") else f"unclear: {e}"
                         except (OSError, RuntimeError) as e:

@@ -1,10 +1,10 @@
 """The commands of `zo-mlx`, a module each: `add` makes its parser, which runs a thin layer over the Python API."""
 
 import argparse
-from collections.abc import Callable, Collection
+import contextlib
+from collections.abc import Callable, Collection, Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
-from unittest import mock
 
 from jinja2 import TemplateError
 
@@ -38,6 +38,19 @@ def add_stock(parser: argparse.ArgumentParser, stock: argparse.ArgumentParser, w
             parser._add_action(action)
 
 
+@contextlib.contextmanager
+def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
+    """While it lasts, a module or class has other attributes."""
+    before = {name: getattr(owner, name) for name in attributes}
+    try:
+        for name, value in attributes.items():
+            setattr(owner, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
+
+
 def run_stock(command: ModuleType, parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Run one of mlx-lm's commands as it is, with arguments that are parsed and models from `zo_mlx.load`.
 
@@ -56,7 +69,7 @@ def run_stock(command: ModuleType, parser: argparse.ArgumentParser, args: argpar
 
     parsed = SimpleNamespace(parse_args=lambda: arguments)
     try:
-        with mock.patch.multiple(command, setup_arg_parser=lambda: parsed, load=own_load):
+        with replaced(command, setup_arg_parser=lambda: parsed, load=own_load):
             command.main()
     except TemplateError as e:
         raise UsageError(f"the model's chat template fails: {e}") from None

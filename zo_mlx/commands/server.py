@@ -1,14 +1,14 @@
 """`zo-mlx server`: mlx-lm's own, with the sparse layers in place and an adapter for every request that names one."""
 
 import argparse
+import contextlib
 from typing import Any
-from unittest import mock
 
 import mlx_lm.server as stock
 
 from ..errors import UsageError
 from ..serve import serve
-from . import add_command, add_stock
+from . import add_command, add_stock, replaced
 
 # One machine, no code that comes with a model; transformers have no default templates any more. With a draft model,
 # mlx-lm's server gives another answer when it is asked the same again.
@@ -39,14 +39,15 @@ def _unknown(args: argparse.Namespace) -> None:
 
 def _stock_parser() -> argparse.ArgumentParser | None:
     """mlx-lm's parser of flags, which its `main` makes and keeps to itself; None if it does so no more."""
-    with mock.patch.object(argparse.ArgumentParser, "parse_known_args", autospec=True, side_effect=_Made) as parse:
-        try:
-            stock.main()
-        except _Made:
-            return parse.call_args.args[0]
-        except Exception:
-            return None
-    return None
+    made: list[argparse.ArgumentParser] = []
+
+    def stop(parser: argparse.ArgumentParser, *_: Any) -> None:
+        made.append(parser)
+        raise _Made
+
+    with replaced(argparse.ArgumentParser, parse_known_args=stop), contextlib.suppress(Exception):
+        stock.main()
+    return made[0] if made else None
 
 
 class _Made(Exception):
