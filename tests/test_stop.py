@@ -34,7 +34,7 @@ setattr(owner, name, stopping)
 sys.exit(main(words))
 """
 APPEND, STEP = "zo_mlx.journal:Journal.append", "zo_mlx.run:step"
-VALIDATION, LOADING = "zo_mlx.run:evaluate_dataset", "zo_mlx.run:load_sparse"
+VALIDATION, LOADING = "zo_mlx.run:evaluate_dataset", "zo_mlx.setup:load_sparse"
 
 
 def _words(tiny: Path, data: Path, out: Path, **changes: Any) -> list[str]:

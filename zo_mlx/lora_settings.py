@@ -17,7 +17,7 @@ from .metric import is_function
 NOT_HERE = {
     "fine_tune_type": "the sensitive weights are trained, not an adapter and not all weights",
     "lora_parameters": "the sensitive weights are trained, not an adapter",
-    "grad_checkpoint": "forward passes keep nothing, and exact gradients checkpoint at every block anyway",
+    "grad_checkpoint": "forward passes keep nothing, and exact gradients no block but those of --keep-blocks",
     "grad_accumulation_steps": "a larger --batch-size goes through the model in parts where --memory-limit asks for it",
     "clear_cache_threshold": "MLX's cache is always kept small",
     "trust_remote_code": "code that comes with a model is never run",

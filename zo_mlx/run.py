@@ -1,4 +1,4 @@
-"""One run: the loaded model and data, the state after some steps, and the loop over the next ones."""
+"""One run: its state after some steps, and the loop over the next ones."""
 
 import math
 import time
@@ -11,127 +11,33 @@ import mlx.core as mx
 
 from . import adapter, journal
 from .adapter import Best
-from .answers import Judge, longest_completion
-from .batches import Batches
-from .config import TrainConfig, filled, resolved
-from .data import Dataset, tokenized
-from .depth import choose_depth
-from .errors import Interrupted, UsageError, ZoError
+from .config import TrainConfig
+from .data import Dataset
+from .errors import Interrupted, ZoError
 from .evaluate import Evaluation, evaluate_dataset
-from .exact import ExactGradient
-from .files import check_space, reporting_disk_errors, sha256
-from .fit import blocks_that_fit, exact_tokens_that_fit, longest_batch, tokens_that_fit
-from .head import split_head
+from .files import check_space, reporting_disk_errors
 from .interrupts import finished_first
 from .lora import write_loras
 from .memory import OVERRUN, is_shortage
-from .metric import CROSS_ENTROPY, Metric
-from .model import context_length, fingerprints, load_sparse
-from .objective import layout
 from .optimizer import Optimizer, State
-from .prefix import Prefix
 from .progress import Meter, Progress
-from .records import FEATURES, SPLITS, Records, place, read_splits
 from .result import TrainResult
+from .setup import Report, Setup
 from .step import exact_step, make_loss, rows_of_step, step, tokens_of
-from .trainable import Trainable
-
-Report = Callable[[dict[str, Any]], None]
 
 
-class Run:
-    """A run in progress: the loaded model and data, and the state after `done` steps."""
+class Run(Setup):
+    """A run in progress: its state after `done` steps."""
 
     def __init__(self, config: TrainConfig, report: Report, progress: bool):
-        self.config, self.report, self.progress = config, report, progress
-        self.directory = Path(config.adapter_path)
-        model, data = Path(config.model), Path(config.data)
-        self.sparse, self.tokenizer, index, model_config = load_sparse(model)
-        self.metric = None if config.objective == CROSS_ENTROPY else Metric(config.objective)
-        self.longest = min(config.max_seq_length, context_length(model_config))
-        features = {name: getattr(config, name) for name in FEATURES}
-        splits = read_splits(data, SPLITS if config.test else SPLITS[:2], features, config.hf_dataset)
-        if "valid" not in splits:
-            self.warn(f"{data} has no validation set (valid.jsonl): training goes on without validation")
-        self.train_set = self.tokenized(splits["train"])
-        self.valid_set = self.tokenized(splits["valid"]) if "valid" in splits else None
-        self.test_set = self.tokenized(splits["test"]) if config.test else None
-        self.config = config = resolved(config)
-        self.batch_size = filled(config.batch_size)
-        if len(self.train_set) < self.batch_size:
-            count, wanted = len(self.train_set), self.batch_size
-            raise UsageError(f"{place(splits['train'][0])}: {count} examples are fewer than --batch-size {wanted}")
-        datasets = [d for d in (self.train_set, self.valid_set, self.test_set) if d is not None]
-        self.judge = None
-        if self.metric:
-            if len({d.kind for d in datasets}) > 1:
-                raise UsageError(
-                    f"{data}: some of its files have choices and some have not; scores need one or the other"
-                )
-            config.max_tokens = config.max_tokens or longest_completion(self.train_set)
-            self.judge = Judge(self.metric, self.tokenizer, self.train_set.kind, config.max_tokens)
-        continuing = any(d.has_continuations for d in datasets)
-        self.head = split_head(self.sparse.model, continuing or bool(self.judge and self.judge.generates))
-        if self.judge:
-            self.judge.check(self.head)
-        self.sparse.check_branches()
-        self.model_prints = fingerprints(model, index)
-        self.fingerprints = {
-            **self.model_prints,
-            "tokenized training set": self.train_set.fingerprint(),  # tokenizer and chat template take part in it
-        }
-        if config.hf_dataset is None and data.is_dir():
-            self.fingerprints["train.jsonl"] = sha256(data / "train.jsonl")
-        if self.metric and self.metric.path:
-            self.fingerprints["objective"] = sha256(self.metric.path)
-        self.data_id = journal.data_id(self.fingerprints)
-        self.batches = Batches(self.train_set.examples, self.batch_size, config.seed)
-        everything = index.initial_values()
-        self.depth = choose_depth(config, self.sparse, self.head, self.judge, self.train_set, everything, self.warn)
-        self.trainable = Trainable(index, self.depth.spans, config.precondition)
+        super().__init__(config, report)
+        self.progress, self.directory = progress, Path(config.adapter_path)
         self.values = self.trainable.initial
-        if config.memory_limit is not None and config.tokens_at_once is None:
-            self.fit(int(config.memory_limit * 1e9))
-        self.optimizer = Optimizer(config, self.values)
+        self.optimizer = Optimizer(self.config, self.values)
         self.state = self.optimizer.state
         self.done = 0
         self.is_smaller = False  # whether passes had to be made smaller
         self.best: Best | None = None
-
-    def warn(self, message: str) -> None:
-        self.report({"event": "warning", "message": message})
-
-    def tokenized(self, records: Records) -> Dataset:
-        dataset = tokenized(records, self.tokenizer, self.longest, self.config.mask_prompt, self.metric is not None)
-        if cut := dataset.truncated:
-            self.warn(f"{place(records[0])}: {cut} sequences are longer than {self.longest} tokens and were cut")
-        return dataset
-
-    def fit(self, limit: int) -> None:
-        """Settle how many tokens go through the model together, and what is held meanwhile, within a limit in bytes."""
-        config, examples, prefix = self.config, self.train_set.examples, self.prefix(1)
-        room = limit - (prefix.cached_bytes if prefix else 0)
-        if config.gradient == "exact":
-            batch = longest_batch(examples, self.batch_size, prefix)
-            gradient = self.exact_gradient(prefix)
-            fit, least = exact_tokens_that_fit(room, gradient, self.values, batch)
-            if least > limit and self.depth.blocks and not config.spill:
-                config.spill = True
-                fit, least = exact_tokens_that_fit(room, self.exact_gradient(prefix), self.values, batch)
-            elif config.keep_blocks is None and self.depth.blocks and fit >= layout([batch], False)[0]:
-                config.keep_blocks = blocks_that_fit(room, gradient, self.values, batch)
-        else:
-            fit, least = tokens_that_fit(
-                room, self.sparse, self.head, self.values, examples, config, prefix, self.judge
-            )
-        config.tokens_at_once = fit
-        if least > limit:
-            self.warn(f"--memory-limit: the longest example alone takes {least / 1e9:.3f} GB")
-
-    def exact_gradient(self, prefix: Prefix | None) -> ExactGradient:
-        config, blocks = self.config, self.depth.blocks
-        keep = config.keep_blocks or 0
-        return ExactGradient(self.sparse, self.head, blocks, prefix, config.tokens_at_once, keep, config.spill)
 
     def start(self) -> None:
         """Begin a new run in the adapter directory, in place of any old one."""
@@ -140,15 +46,6 @@ class Run:
         with reporting_disk_errors(self.directory):
             adapter.remove_run(self.directory)
         self.journal = journal.Journal.create(self.directory / journal.FILE_NAME, header)
-
-    def prefix(self, steps: int) -> Prefix | None:
-        """What runs the blocks before the trained ones, for so many steps at once."""
-        if not self.depth.has_prefix:
-            return None
-        assert self.depth.blocks is not None
-        groups = (self.batches.of(i + 1, steps) for i in range(0, self.batches.in_epoch, steps))
-        size = int((self.config.cache_prefix or 0) * 1e9)
-        return Prefix(self.depth.blocks, self.sparse.first_block, groups, size, self.config.tokens_at_once)
 
     def step_function(self) -> Callable[[list[Any], int], tuple[mx.array, State, journal.Record]]:
         """What takes the next step: from examples and its number, to new values, new state, and its record."""
