@@ -259,7 +259,8 @@ def run(top: Path, case: Case, rng: random.Random | None) -> tuple[Any, str | No
     if code in (1, 2):
         message = err.getvalue().strip().splitlines()[-1]
         places = [Path(file).name, Path(file).parts[0], *(_FIELDS if file in _WITH_SETTINGS else [])]
-        if not message.startswith("zo-mlx: error: ") or not any(place in message for place in places):
+        said = message.replace("-", "_")  # a setting is named as in a file, or as its flag
+        if not message.startswith("zo-mlx: error: ") or not any(p.replace("-", "_") in said for p in places):
             problem = f"no clear line: {message[-300:]}"
     if new := {p for p in set(top.rglob("*")) - before if not {"out", "again", "adapter"} & set(p.parts)}:
         problem = f"left behind: {sorted(new)[:3]}"
