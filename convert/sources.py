@@ -84,7 +84,10 @@ def open_source(hf_path: str, dtype: str | None, scratch: Path, revision: str | 
         if not directory.exists():
             with new_directory(directory) as beside:
                 write_hf_directory(path, beside, dtype)
-        return _open_directory(directory, None, [path], dtype)
+        try:
+            return _open_directory(directory, None, [path], dtype)
+        except UsageError as e:  # which knows of the directory alone
+            raise UsageError(f"{path}: {e}") from None
     if path.is_dir():
         return _open_directory(path, None, _files(path), dtype)
     directory = _fetch(hf_path, revision)
