@@ -39,7 +39,7 @@ def _run(tmp_path: Path, commands: list[list[str]], plant: str = "") -> dict[str
     environment = {**os.environ, "HOME": str(tmp_path), "TMPDIR": writable[1]}
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("audited.py")), json.dumps(spec)],
-        capture_output=True, text=True, timeout=300, env=environment, cwd=tmp_path,
+        capture_output=True, stdin=subprocess.DEVNULL, text=True, timeout=300, env=environment, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -83,9 +83,14 @@ def test_no_command_does_what_input_must_not_make_it_do(tiny_hf: Path, choice_da
             ["generate", *using, "--prompt", "hi", "--max-tokens", "2"],
             ["info", str(model)],
             ["info", str(adapter)],
+            ["chat", *using],
+            ["replay", "--model", str(model), str(adapter / "journal"), "--adapter-path", str(out / "again")],
+            ["export", *using, "--rank", "1"],
+            ["fuse", *using, "--save-path", str(out / "new/fused")],
         ],
     )
-    assert found == {"runs": [[0, []]] * 7, "noted": [], "strangers": []}
+    assert [code for code, _ in found["runs"]] == [0] * 11
+    assert (found["noted"], found["strangers"]) == ([], [])
     assert not list(tmp_path.rglob("pwned"))
 
 
