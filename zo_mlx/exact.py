@@ -98,7 +98,7 @@ class ExactGradient:
         def run(number: int, x: mx.array, *parts: mx.array) -> mx.array:
             layers = [layer for layer, _, _ in self._spans.get(number, ())]
             for layer, part in zip(layers, parts, strict=True):
-                layer.set_values(part[None])
+                layer.set_values(part[None], keep=True)
             result = blocks.block(number, tokens, x)
             for layer in layers:
                 layer.set_values(None)  # lets go of its D

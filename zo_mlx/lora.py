@@ -16,7 +16,6 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +161,7 @@ def lora_adapter(
     layers, start = [], 0
     for path, tensor in index.tensors.items():
         own = values[start : (start := start + tensor.size)]
-        modules[path].set_values(partial(mx.expand_dims, own, 0))  # made when it is used: of all, D takes much memory
+        modules[path].set_values(own[None])
         layers.append(_Layer(path, modules[path], own))
     layers = [layer for layer in layers if layer.rank]
     text = DEFAULT_TEXT.read_text(encoding="utf-8")[:_CHARACTERS]

@@ -49,18 +49,17 @@ class SparseLinear(nn.Module):
         self._difference: mx.array | None = None
         mx.eval(self._columns, self._base_values)
 
-    def set_values(self, values: mx.array | Callable[[], mx.array] | None) -> None:
+    def set_values(self, values: mx.array | Callable[[], mx.array] | None, keep: bool = False) -> None:
         """Set the trainable weights of every branch.
 
         Args:
             values: (P, n) float32, or what makes them when the layer is called, or None to compute with the base
                 weights alone.
+            keep: make D once, of values that are there, and hold it; else it is made where it is used, and MLX frees it
+                after the layer.
         """
         self._values = values
-        # A single branch is set once and called for every token of a text. With many branches D is large, and is made
-        # where it is used, so that MLX frees it after the layer.
-        once = isinstance(values, mx.array) and len(values) == 1
-        self._difference = self._make_difference(values, slice(0, self._out)) if once else None  # type: ignore[arg-type]
+        self._difference = self._make_difference(values, slice(0, self._out)) if keep else None  # type: ignore[arg-type]
 
     def difference(self, values: mx.array) -> tuple[np.ndarray, mx.array]:
         """What values (n,) add to the base weights: columns (1, |U|), and D transposed (1, |U|, out)."""
@@ -175,7 +174,7 @@ class SparseModel:
             if number >= len(self.model.layers) - blocks:
                 kept.append((layer, start, end))
             else:
-                layer.set_values(partial(mx.expand_dims, values[start:end], 0))
+                layer.set_values(values[None, start:end])
         if not kept:
             raise UsageError(f"--num-layers {blocks}: the last {blocks} blocks have no sensitive weights")
         self._layers = [layer for layer, _, _ in kept]
@@ -217,15 +216,16 @@ class SparseModel:
 
         Args:
             values: (P, K) float32; None computes with the base model alone.
-            keep: hold every layer's D, where P = 1: worth its memory where text is generated token by token.
+            keep: hold every layer's D: worth its memory where text is generated token by token.
         """
         starts = [0, *self._ends[:-1]]
         for layer, start, end in zip(self._layers, starts, self._ends, strict=True):
             if isinstance(values, Branches):
                 layer.set_values(partial(values.part, start, end))
+            elif values is None:
+                layer.set_values(None)
             else:
-                own = None if values is None else values[:, start:end]
-                layer.set_values(own if keep or own is None else partial(_same, own))
+                layer.set_values(values[:, start:end], keep)
 
     def check_branches(self) -> None:
         """Find out whether branches stacked in one pass are computed apart, by comparing with passes of their own.
@@ -251,10 +251,6 @@ class SparseModel:
             raise UsageError(f"{type(self.model).__module__} cannot be trained: {type(e).__name__}: {e}") from None
         finally:
             self.set_values(None)
-
-
-def _same(values: mx.array) -> mx.array:
-    return values
 
 
 def _mismatch(module: nn.Module | None, last: int) -> str | None:

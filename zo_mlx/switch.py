@@ -39,16 +39,14 @@ class SparseSwitchLinear(nn.Module):
         flat = (expert.astype(np.int64) * columns.shape[1] + slot[place]) * self._out + row
         self._slots = mx.array(flat.astype(np.uint32))
         self._base_values = weight.reshape(-1)[mx.array(indices)]
+        self._values: mx.array | Callable[[], mx.array] | None = None
         self._difference: mx.array | None = None
         mx.eval(self._columns, self._slots, self._base_values)
 
-    def set_values(self, values: mx.array | Callable[[], mx.array] | None) -> None:
-        """Set the trainable weights, (1, n) float32 or what makes them; None computes with the base weights alone."""
-        if values is None:
-            self._difference = None
-            return
-        (own,) = values() if callable(values) else values
-        _, self._difference = self.difference(own)
+    def set_values(self, values: mx.array | Callable[[], mx.array] | None, keep: bool = False) -> None:
+        """Set the trainable weights, (1, n) float32 or what makes them, as for `SparseLinear`."""
+        self._values = values
+        self._difference = self.difference(values[0])[1] if keep else None  # type: ignore[index]
 
     def difference(self, values: mx.array) -> tuple[np.ndarray, mx.array]:
         """What values (n,) add to the base weights: columns (E, C) of the experts, and each D transposed (E, C, out).
@@ -63,11 +61,15 @@ class SparseSwitchLinear(nn.Module):
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         """x: (..., 1, in) rows and (...) experts, as mlx-lm's layer takes them -> (..., 1, out)."""
         y = self.base(x, indices, sorted_indices=sorted_indices)
-        if self._difference is None:
+        if self._values is None:
             return y
+        difference = self._difference
+        if difference is None:
+            (own,) = self._values() if callable(self._values) else self._values
+            _, difference = self.difference(own)
         columns = self._columns[indices][..., None, :]
         rows = mx.broadcast_to(x, (*columns.shape[:-1], x.shape[-1]))
         gathered = mx.take_along_axis(rows, columns, axis=-1)
         return y + mx.gather_mm(
-            gathered, self._difference.astype(y.dtype), rhs_indices=indices, sorted_indices=sorted_indices
+            gathered, difference.astype(y.dtype), rhs_indices=indices, sorted_indices=sorted_indices
         )
