@@ -1,15 +1,21 @@
 """Go on with a run: its settings, what it must find unchanged, and its state after the last step."""
 
+from collections.abc import Iterable
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from . import adapter
+from .adapter import Best
 from .config import CHANGEABLE, TrainConfig
 from .errors import UsageError
-from .files import check_space, reporting_disk_errors
+from .files import check_space, locked, reporting_disk_errors, write_atomically
 from .journal import DATA, Journal, data_id, record_size
 from .metric import is_function
 from .model import check_fingerprints
+from .ranks import Ranks
 from .records import is_hub_id
 from .run import Run
 from .step import replay
@@ -31,6 +37,41 @@ def resumed_config(recorded: dict[str, Any], given: dict[str, Any]) -> TrainConf
         listed = ", ".join(f"{k} was {recorded[k]}" for k in different)
         raise UsageError(f"a resumed run keeps its settings: {listed}")
     return config
+
+
+def share_journal(path: Path, ranks: Ranks) -> None:
+    """Give each rank the longest journal that one of them has, where theirs differ in length or are missing.
+
+    Raises:
+        UsageError: a rank has the journal of another run.
+    """
+    if ranks.count == 1:
+        return
+    own = Journal.read(path, cut=True) if path.exists() else None
+    counts, identities, sizes = ranks.gather(
+        np.array([len(own), int(own.identity, 16), own.size_bytes] if own else [-1, 0, 0])
+    ).T
+    source = int(counts.argmax())
+    for rank in np.flatnonzero(counts >= 0):
+        if identities[rank] != identities[source]:
+            raise UsageError(f"rank {rank} has the journal of another run than rank {source}: {path} here")
+    if (counts == counts[source]).all():
+        return
+
+    pieces = ranks.hear(source, path if ranks.rank == source else None, int(sizes[source]))
+    if counts[ranks.rank] == counts[source]:
+        for _ in pieces:  # all take part
+            pass
+        return
+    with reporting_disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.parent):
+        write_atomically(path, lambda beside: _write(beside, pieces))
+
+
+def _write(path: Path, pieces: Iterable[bytes]) -> None:
+    with path.open("wb") as file:
+        file.writelines(pieces)
 
 
 def resume(run: Run, past: Journal, changed_data: bool) -> None:
@@ -55,7 +96,9 @@ def resume(run: Run, past: Journal, changed_data: bool) -> None:
     if last := past.last():
         run.config.tokens_at_once = last.tokens_at_once or None
     best = adapter.read_best(run.directory, past.identity)
-    run.best = best if best and best.iteration <= len(past) else None
+    found = [best.iteration, best.loss] if best and best.iteration <= len(past) else [-1, 0.0]
+    iteration, loss = run.ranks.gather(np.array(found))[0].tolist()  # the first rank's: the others keep none
+    run.best = Best(int(iteration), loss) if iteration >= 0 else None
     every = run.config.steps_per_eval
     lost = range(0, len(past), every) if run.validates and run.best is None else ()
     if not lost:

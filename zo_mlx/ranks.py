@@ -1,0 +1,102 @@
+"""The processes that train together, and how they tell each other something: MLX's distributed engine.
+
+`mlx.launch` starts them. Everything here is collective: all ranks call it, in the same order, or wait for each other.
+"""
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from .errors import ZoError
+
+
+class Ranks:
+    """This process among the others; the only one, if `mlx.launch` did not start it.
+
+    Args:
+        timeout: seconds to wait for the others before this process ends. MLX cannot be told to stop waiting.
+
+    Attributes:
+        rank: the number of this process, from 0.
+        count: of the processes.
+    """
+
+    def __init__(self, timeout: float = 300.0):
+        group = mx.distributed.init()
+        self.rank, self.count, self._timeout = group.rank(), group.size(), timeout
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one that reports and writes the result."""
+        return self.rank == 0
+
+    def directory(self, adapter_path: Path) -> Path:
+        """Where this process keeps its journal: several may have the same disk."""
+        return adapter_path if self.is_first else adapter_path / f"rank-{self.rank}"
+
+    def gather(self, said: np.ndarray) -> np.ndarray:
+        """What all ranks say, (N, ...), in their order; each says an array of the same shape and dtype.
+
+        Raises:
+            ZoError: a rank has gone.
+        """
+        if self.count == 1:
+            return said[None]
+        content = said.tobytes()
+        words = np.frombuffer(content.ljust(-(-len(content) // 4) * 4, b"\0"), np.uint32)
+        with self._waiting():
+            found = np.array(mx.distributed.all_gather(mx.array(words)))
+        rows = found.view(np.uint8).reshape(self.count, -1)[:, : len(content)]
+        return np.ascontiguousarray(rows).view(said.dtype).reshape(self.count, *said.shape)
+
+    def gather_texts(self, text: str) -> list[str]:
+        """What all ranks say, of whatever length, without null characters."""
+        content = text.encode()
+        most = int(self.gather(np.array(len(content))).max())
+        found = self.gather(np.frombuffer(content.ljust(most, b"\0"), np.uint8))
+        return [row.tobytes().rstrip(b"\0").decode() for row in found]
+
+    def total(self, x: mx.array) -> mx.array:
+        """The sum of all ranks' arrays of one shape and dtype: the same bits everywhere."""
+        if self.count == 1:
+            return x
+        with self._waiting():
+            found = mx.distributed.all_sum(x)
+            mx.eval(found)
+        return found
+
+    def hear(self, source: int, path: Path | None, size: int) -> Iterator[bytes]:
+        """The first `size` bytes of a file that a rank has, some at a time; the others give None for its path."""
+        with (path or Path(os.devnull)).open("rb") as file:
+            for start in range(0, size, _PIECE):
+                length = min(_PIECE, size - start)
+                own = file.read(length).ljust(-(-length // 4) * 4, b"\0")  # of those who do not know, zeros
+                yield np.array(self.total(mx.array(np.frombuffer(own, np.uint32)))).tobytes()[:length]
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        timer = threading.Timer(self._timeout, self._give_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        except RuntimeError as e:
+            raise ZoError(f"rank {self.rank} has lost the others ({e}); {_RESUME}") from None
+        finally:
+            timer.cancel()
+
+    def _give_up(self) -> None:
+        message = f"zo-mlx: error: rank {self.rank} waited {self._timeout:g} s for the others; {_RESUME}\n"
+        os.write(2, message.encode())
+        os._exit(ZoError.exit_code)
+
+
+# Bytes of a file that are sent at once.
+_PIECE = 1 << 20
+
+_RESUME = "the same command with --resume goes on, with as many ranks as there are then"
