@@ -1,10 +1,16 @@
 """Several processes that train together, started as `mlx.launch` starts them, over real sockets."""
 
+import itertools
 import json
+import os
+import re
+import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -132,3 +138,84 @@ def test_the_split_of_data_gives_the_sums_of_one_machine(
     assert result["after"]["loss"] == pytest.approx(one.after.loss, rel=1e-3)
     assert result["after"].get("macro_f1") == one.after.macro_f1
     assert (tmp_path / "all/rank-1/journal").read_bytes() == (tmp_path / "all/journal").read_bytes()
+
+
+def test_a_rank_that_dies_ends_the_others_and_the_run_goes_on_with_any_number_of_ranks(
+    spread: Path, choice_data: Path, tmp_path: Path
+) -> None:
+    settings = {"split": "directions", "tokens_at_once": 1, "learning_rate": 1e-3, "iters": 400, "rank_timeout": 9.0}
+    words = _words(spread, choice_data, tmp_path / "all", **settings)
+    running = Ranks([words] * 3, tmp_path)
+    journal = tmp_path / "all/rank-2/journal"
+    while not (journal.exists() and len(Journal.read(journal)) >= 20):
+        time.sleep(0.01)
+    os.kill(running.pids[1], signal.SIGKILL)
+    codes, _, errs = running.ended()
+    assert codes == [1, -signal.SIGKILL, 1]
+    for rank in (0, 2):  # of one of them, MLX may forget that it waits
+        said = f"zo-mlx: error: rank {rank} (has lost the others|waited 9 s for the others).*--resume"
+        assert re.search(said, errs[rank])
+    (tmp_path / "all/journal").unlink()  # rank 0's machine is not there any more
+    shutil.rmtree(tmp_path / "all/rank-1")
+    done = len(Journal.read(journal))
+    _launched(2, [*words, "--iters", str(done + 3), "--resume"], tmp_path)
+    _train(spread, choice_data, tmp_path / "all", **{**settings, "iters": done + 6}, resume=True)
+    _train(spread, choice_data, tmp_path / "one", **{**settings, "iters": done + 6})
+    assert (_values(tmp_path / "all") == _values(tmp_path / "one")).all()
+
+
+def test_a_rank_that_does_not_answer_is_waited_for_so_long_only(
+    spread: Path, choice_data: Path, tmp_path: Path
+) -> None:
+    words = _words(spread, choice_data, tmp_path / "all", iters=100000, rank_timeout=3.0)
+    running = Ranks([words] * 2, tmp_path)
+    journal = tmp_path / "all/journal"
+    while not (journal.exists() and len(Journal.read(journal)) >= 5):
+        time.sleep(0.01)
+    os.kill(running.pids[1], signal.SIGSTOP)
+    expected = "zo-mlx: error: rank 0 waited 3 s for the others; the same command with --resume goes on"
+    while expected not in (running.directory / "0.err").read_text():
+        time.sleep(0.01)
+    os.kill(running.pids[1], signal.SIGKILL)
+    assert running.ended()[0] == [1, -signal.SIGKILL]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (["--seed", "1"], "rank 1 differs from rank 0: seed"),
+        (["--data", "OTHER"], "rank 1 differs from rank 0: data, tokenized training set, train.jsonl"),
+    ],
+)
+def test_ranks_that_differ_are_named(
+    change: list[str], named: str, tiny: Path, choice_data: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(choice_data, tmp_path / "OTHER")
+    lines = (choice_data / "train.jsonl").read_text().splitlines()
+    (tmp_path / "OTHER/train.jsonl").write_text("\n".join(lines[1:] + lines[:1]))
+    words = _words(tiny, choice_data, tmp_path / "all")
+    change = [str(tmp_path / "OTHER") if w == "OTHER" else w for w in change]
+    codes, _, errs = Ranks([words, [*words, *change]], tmp_path).ended()
+    assert codes == [2, 2]
+    assert [err.splitlines()[-1] for err in errs] == [f"zo-mlx: error: {named}"] * 2
+    assert not (tmp_path / "all").exists()
+
+
+def test_more_ranks_than_there_is_work_for_are_refused(tiny: Path, choice_data: Path, tmp_path: Path) -> None:
+    words = _words(tiny, choice_data, tmp_path / "all", split="directions", directions=1)
+    codes, _, errs = Ranks([words] * 3, tmp_path).ended()
+    assert codes == [2] * 3
+    assert all("3 ranks are too many for a step of 2 branches: raise --directions, or start fewer" in e for e in errs)
+
+
+def test_work_is_divided_so_that_all_are_done_soonest() -> None:
+    assert portions(8, [1.0, 1.0]) == [4, 4]
+    assert portions(8, [3.0, 1.0]) == [6, 2]
+    assert portions(4, [1000.0, 1.0, 1.0]) == [2, 1, 1]
+    for speeds in itertools.product([1.0, 1.7, 4.0], repeat=3):
+        best = min(
+            max(n / s for n, s in zip(way, speeds, strict=True))
+            for way in itertools.product(range(1, 9), repeat=3)
+            if sum(way) == 9
+        )
+        assert max(n / s for n, s in zip(portions(9, speeds), speeds, strict=True)) == pytest.approx(best)

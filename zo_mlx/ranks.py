@@ -5,6 +5,7 @@
 
 import contextlib
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ class Ranks:
     def __init__(self, timeout: float = 300.0):
         group = mx.distributed.init()
         self.rank, self.count, self._timeout = group.rank(), group.size(), timeout
+        self._messages = 0
 
     @property
     def is_first(self) -> bool:
@@ -47,12 +49,17 @@ class Ranks:
         """
         if self.count == 1:
             return said[None]
+        self._messages += 1
         content = said.tobytes()
-        words = np.frombuffer(content.ljust(-(-len(content) // 4) * 4, b"\0"), np.uint32)
+        own = np.array([self._messages, self.rank], np.uint32).tobytes() + content
         with self._waiting():
-            found = np.array(mx.distributed.all_gather(mx.array(words)))
-        rows = found.view(np.uint8).reshape(self.count, -1)[:, : len(content)]
-        return np.ascontiguousarray(rows).view(said.dtype).reshape(self.count, *said.shape)
+            found = np.array(mx.distributed.all_gather(mx.array(np.frombuffer(_padded(own), np.uint32))))
+            rows = found.reshape(self.count, -1)
+            # Where a connection is lost, MLX may return what was in that memory before.
+            if any(rows[:, 0] != self._messages) or any(rows[:, 1] != range(self.count)):
+                raise RuntimeError("a message is not whole")
+        texts = np.ascontiguousarray(rows[:, 2:]).view(np.uint8)[:, : len(content)]
+        return np.ascontiguousarray(texts).view(said.dtype).reshape(self.count, *said.shape)
 
     def gather_texts(self, text: str) -> list[str]:
         """What all ranks say, of whatever length, without null characters."""
@@ -62,7 +69,10 @@ class Ranks:
         return [row.tobytes().rstrip(b"\0").decode() for row in found]
 
     def total(self, x: mx.array) -> mx.array:
-        """The sum of all ranks' arrays of one shape and dtype: the same bits everywhere."""
+        """The sum of all ranks' arrays of one shape and dtype: the same bits everywhere.
+
+        Of no use before a `gather` after it has succeeded: what comes where a rank has gone may be anything.
+        """
         if self.count == 1:
             return x
         with self._waiting():
@@ -75,25 +85,36 @@ class Ranks:
         with (path or Path(os.devnull)).open("rb") as file:
             for start in range(0, size, _PIECE):
                 length = min(_PIECE, size - start)
-                own = file.read(length).ljust(-(-length // 4) * 4, b"\0")  # of those who do not know, zeros
+                own = _padded(file.read(length).ljust(length, b"\0"))  # zeros, of those who do not have it
                 yield np.array(self.total(mx.array(np.frombuffer(own, np.uint32)))).tobytes()[:length]
+        self.gather(np.array(0))
 
     @contextlib.contextmanager
     def _waiting(self) -> Iterator[None]:
         timer = threading.Timer(self._timeout, self._give_up)
         timer.daemon = True
         timer.start()
+        # What stops the others when one has gone, mlx.launch and the like, must not wait for the end of this.
+        own = threading.current_thread() is threading.main_thread()
+        handler = signal.signal(signal.SIGTERM, signal.SIG_DFL) if own else None
         try:
             yield
         except RuntimeError as e:
             raise ZoError(f"rank {self.rank} has lost the others ({e}); {_RESUME}") from None
         finally:
             timer.cancel()
+            if own:
+                signal.signal(signal.SIGTERM, handler or signal.SIG_DFL)
 
     def _give_up(self) -> None:
         message = f"zo-mlx: error: rank {self.rank} waited {self._timeout:g} s for the others; {_RESUME}\n"
         os.write(2, message.encode())
         os._exit(ZoError.exit_code)
+
+
+def _padded(content: bytes) -> bytes:
+    """Whole words."""
+    return content.ljust(-(-len(content) // 4) * 4, b"\0")
 
 
 # Bytes of a file that are sent at once.

@@ -1,5 +1,7 @@
 """Go on with a run: its settings, what it must find unchanged, and its state after the last step."""
 
+import contextlib
+import os
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -12,7 +14,7 @@ from .adapter import Best
 from .config import CHANGEABLE, TrainConfig
 from .errors import UsageError
 from .files import check_space, locked, reporting_disk_errors, write_atomically
-from .journal import DATA, Journal, data_id, record_size
+from .journal import DATA, FILE_NAME, Journal, data_id, record_size
 from .metric import is_function
 from .model import check_fingerprints
 from .ranks import Ranks
@@ -39,34 +41,46 @@ def resumed_config(recorded: dict[str, Any], given: dict[str, Any]) -> TrainConf
     return config
 
 
-def share_journal(path: Path, ranks: Ranks) -> None:
-    """Give each rank the longest journal that one of them has, where theirs differ in length or are missing.
+def share_journal(adapter_path: Path, ranks: Ranks) -> None:
+    """Give each rank the longest journal that one of them has, where its own is shorter or missing.
+
+    A machine may have been another rank, so that its journal is in that one's directory.
 
     Raises:
-        UsageError: a rank has the journal of another run.
+        UsageError: there are journals of several runs.
     """
-    if ranks.count == 1:
-        return
-    own = Journal.read(path, cut=True) if path.exists() else None
-    counts, identities, sizes = ranks.gather(
-        np.array([len(own), int(own.identity, 16), own.size_bytes] if own else [-1, 0, 0])
-    ).T
+    path = ranks.directory(adapter_path) / FILE_NAME
+    longest = _longest(path, [adapter_path / FILE_NAME, *adapter_path.glob(f"rank-*/{FILE_NAME}")])
+    own = [len(longest), int(longest.identity, 16), longest.size_bytes] if longest else [-1, 0, 0]
+    counts, identities, sizes = ranks.gather(np.array(own)).T
     source = int(counts.argmax())
     for rank in np.flatnonzero(counts >= 0):
         if identities[rank] != identities[source]:
-            raise UsageError(f"rank {rank} has the journal of another run than rank {source}: {path} here")
-    if (counts == counts[source]).all():
+            raise UsageError(f"{adapter_path}: rank {rank} has the journal of another run than rank {source}")
+    has_it = longest is not None and longest.path == path and len(longest) == counts[source]
+    if counts[source] < 0 or ranks.gather(np.array(has_it)).all():
         return
-
-    pieces = ranks.hear(source, path if ranks.rank == source else None, int(sizes[source]))
-    if counts[ranks.rank] == counts[source]:
-        for _ in pieces:  # all take part
-            pass
+    pieces = ranks.hear(source, longest.path if longest and ranks.rank == source else None, int(sizes[source]))
+    if has_it:
+        _write(Path(os.devnull), pieces)  # all take part in it
         return
     with reporting_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.parent):
         write_atomically(path, lambda beside: _write(beside, pieces))
+
+
+def _longest(own: Path, paths: Iterable[Path]) -> Journal | None:
+    """The one with most records among those of the same run; damaged ones are left alone."""
+    found = []
+    for path in {own, *paths}:
+        with contextlib.suppress(UsageError):
+            found.append(Journal.read(path, cut=True))
+    mine = [journal.identity for journal in found if journal.path == own]
+    same = [journal for journal in found if journal.identity in mine or not mine]
+    if len({journal.identity for journal in same}) > 1:
+        raise UsageError(f"there are journals of several runs: {', '.join(sorted(str(j.path) for j in same))}")
+    return max(same, key=lambda journal: (len(journal), journal.path == own), default=None)
 
 
 def _write(path: Path, pieces: Iterable[bytes]) -> None:

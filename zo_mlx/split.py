@@ -72,7 +72,7 @@ class Split:
             started, own, portions = time.perf_counter(), self._own(shares), self.portions
             mine = branches if self.by_rows else branches[self._mine]
             losses = np.array(loss(mine, own, denominator(shares, self._config.objective != CROSS_ENTROPY)))
-            found = self._told(branches.values, losses, tokens_at_once, step, started)
+            found = self._told(branches.values, losses, tokens_at_once, step, time.perf_counter() - started)
             if self.by_rows:
                 return mx.array(found.sum(axis=0))
             return mx.array(np.concatenate([row[:n] for row, n in zip(found, portions, strict=True)]))
@@ -85,8 +85,9 @@ class Split:
         def shared(values: mx.array, examples: Sequence[Example]) -> tuple[float, mx.array]:
             started = time.perf_counter()
             loss, part = gradient(values, examples[self._mine], denominator([examples], False))
-            found = self._told(values, np.array([loss], np.float32), tokens_at_once, step, started)
-            return float(found.sum()), self.ranks.total(part)
+            seconds, total = time.perf_counter() - started, self.ranks.total(part)
+            found = self._told(values, np.array([loss], np.float32), tokens_at_once, step, seconds)
+            return float(found.sum()), total
 
         return gradient if self.ranks.count == 1 else shared
 
@@ -105,7 +106,7 @@ class Split:
         return [share[self._mine] for share in shares] if self.by_rows else shares[self._mine]
 
     def _told(
-        self, values: mx.array, losses: np.ndarray, tokens_at_once: int | None, step: int, started: float
+        self, values: mx.array, losses: np.ndarray, tokens_at_once: int | None, step: int, seconds: float
     ) -> np.ndarray:
         """What all ranks found, (N, n) float32, for n of this one's; where others have fewer, zeros follow.
 
@@ -115,7 +116,7 @@ class Split:
         form = np.dtype([("check", "<u8"), ("seconds", "<f4"), ("tokens", "<u4"), ("losses", "<f4", most)])
         said = np.zeros((), form)
         said["check"] = int.from_bytes(hashlib.blake2b(np.array(values).tobytes(), digest_size=8).digest(), "little")
-        said["seconds"], said["tokens"] = time.perf_counter() - started, tokens_at_once or 0
+        said["seconds"], said["tokens"] = seconds, tokens_at_once or 0
         said["losses"][: len(losses)] = losses
         found = self.ranks.gather(said)
         for rank, check in enumerate(found["check"]):

@@ -55,7 +55,7 @@ def train(
     directory = ranks.directory(Path(given.adapter_path))
     with contextlib.ExitStack() as held, bounded_cache():
         if resume:
-            share_journal(directory / journal.FILE_NAME, ranks)
+            share_journal(Path(given.adapter_path), ranks)
             if not adapter.has_run(directory):
                 raise UsageError(f"{directory} holds no training run to resume")
             held.enter_context(locked(directory))
