@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import faulthandler
 import os
 import signal
 import threading
@@ -25,12 +26,14 @@ class Ranks:
     Attributes:
         rank: the number of this process, from 0.
         count: of the processes.
+
+    Raises:
+        ZoError: the others are not to be reached.
     """
 
     def __init__(self, timeout: float = 300.0):
-        group = mx.distributed.init()
-        self.rank, self.count, self._timeout = group.rank(), group.size(), timeout
-        self._messages = 0
+        group = _group(timeout)
+        self.rank, self.count, self._timeout, self._messages = group.rank(), group.size(), timeout, 0
 
     @property
     def is_first(self) -> bool:
@@ -110,6 +113,25 @@ class Ranks:
         message = f"zo-mlx: error: rank {self.rank} waited {self._timeout:g} s for the others; {_RESUME}\n"
         os.write(2, message.encode())
         os._exit(ZoError.exit_code)
+
+
+_connected: list[mx.distributed.Group] = []
+
+
+def _group(timeout: float) -> mx.distributed.Group:
+    """All processes; connects to them at the first call."""
+    if not _connected and (rank := os.environ.get("MLX_RANK")) is not None:
+        # MLX connects without letting go of Python's lock, so that only this can end it; and it can say nothing.
+        os.write(2, f"rank {rank} connects to the others, for {timeout:g} s at most\n".encode())
+        with Path(os.devnull).open("w") as nowhere:
+            faulthandler.dump_traceback_later(timeout, exit=True, file=nowhere)
+            try:
+                _connected.append(mx.distributed.init())
+            except RuntimeError as e:
+                raise ZoError(f"rank {rank} cannot reach the others: {e}") from None
+            finally:
+                faulthandler.cancel_dump_traceback_later()
+    return _connected[0] if _connected else mx.distributed.init()
 
 
 def _padded(content: bytes) -> bytes:
