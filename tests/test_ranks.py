@@ -15,14 +15,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import write_jsonl
 from test_stop import _words
 from test_train import _train, _values
 
+from zo_mlx.data import load_dataset
+from zo_mlx.estimator import OneSided, directions
+from zo_mlx.head import split_head
 from zo_mlx.journal import Journal
+from zo_mlx.model import load_sparse
 from zo_mlx.split import portions
+from zo_mlx.step import make_loss
 
 # Processes with the environment that `mlx.launch` gives them, which load Python's modules only once.
 RANKS = """
@@ -206,6 +212,18 @@ def test_more_ranks_than_there_is_work_for_are_refused(tiny: Path, choice_data: 
     codes, _, errs = Ranks([words] * 3, tmp_path).ended()
     assert codes == [2] * 3
     assert all("3 ranks are too many for a step of 2 branches: raise --directions, or start fewer" in e for e in errs)
+
+
+def test_a_branch_alone_has_the_bits_that_it_has_beside_others(smollm2: Path) -> None:
+    """Of a real model on this backend: what `--split directions` builds on."""
+    sparse, tokenizer, index, _ = load_sparse(smollm2)
+    examples = load_dataset(Path(__file__).parents[1] / "examples/support/train.jsonl", tokenizer, 256).examples[:4]
+    loss, values = make_loss(sparse, split_head(sparse.model)), index.initial_values()
+    branches = OneSided().branches(values, directions(0, 1, 7, values.size), 1e-3)
+    whole = loss(branches, [examples] * 8)
+    for count in (1, 3, 4):
+        parts = [loss(part, [examples] * len(part)) for part in (branches[i : i + count] for i in range(0, 8, count))]
+        assert (mx.concatenate(parts) == whole).all()
 
 
 def test_work_is_divided_so_that_all_are_done_soonest() -> None:
