@@ -138,8 +138,9 @@ class TrainConfig:
     split: str = _setting(
         "auto",
         "Several machines (mlx.launch): data: each takes some rows of the batch; directions: some branches; auto: "
-        "rows, more of them the faster it is, or branches where a batch has fewer rows than there are machines.",
-        choices=("auto", "data", "directions"),
+        "rows, more of them the faster it is, or branches where a batch has fewer rows than there are machines; model: "
+        "each takes a part of every layer, for models too large for one.",
+        choices=("auto", "data", "directions", "model"),
     )
     rank_timeout: float = _setting(300.0, "Seconds to wait for the other machines before giving up.", least=1e-3)
     report_to: str | None = _setting(None, "Services that follow the run: wandb, swanlab or trackio, or several: a,b.")
@@ -191,10 +192,12 @@ class TrainConfig:
         if self.gradient == "exact":
             if self.objective != CROSS_ENTROPY:
                 raise UsageError(f"objective {self.objective} has no gradient: leave out --gradient exact")
-            if self.split == "directions":
-                raise UsageError("exact gradients have no directions to split: leave out --split directions")
+            if self.split in ("directions", "model"):
+                raise UsageError(f"--split {self.split} is for random directions: leave out --gradient exact")
             if self.optimizer == "sgd" and not own_rate:
                 raise UsageError("sgd with exact gradients has no automatic learning rate: give --learning-rate")
+        if self.split == "model" and self.memory_limit is not None:
+            raise UsageError("--memory-limit does not go with --split model: give --tokens-at-once")
         if self.num_layers == 0:
             raise UsageError("num_layers must be at least 1, or -1 for all, not 0")
         if self.directions is not None and self.estimator == "two-sided":

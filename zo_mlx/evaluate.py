@@ -1,7 +1,8 @@
 """Measure a model on a data file: accuracy and macro-F1 over choices, or perplexity."""
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -129,22 +130,23 @@ def evaluate_dataset(
     progress: bool = True,
     judge: Judge | None = None,
     ranks: Ranks | None = None,
+    together: bool = False,
 ) -> Evaluation:
     """As `evaluate`, for a model split at its head and the first `count` examples of tokenized data, -1 for all.
 
     Args:
-        ranks: each of them evaluates its part, and all have the result.
+        ranks: each of them evaluates its part of the examples, and all have the result.
+        together: each of them has a part of the model instead, and all evaluate all examples.
     """
     examples = dataset.examples if count < 0 else dataset.examples[:count]
     # Batches of equal lengths have the least padding.
     examples = sorted(examples, key=lambda e: e.length)
-    if ranks is None:
-        found = _measured(head, examples, batch_size, progress, judge)
+    if ranks is None or together:
+        guard = ranks.waiting if ranks else contextlib.nullcontext
+        found = _measured(head, examples, batch_size, progress, judge, guard)
     else:
-        found = np.zeros((len(examples), 3), np.float32)
-        found[ranks.rank :: ranks.count] = _measured(
-            head, examples[ranks.rank :: ranks.count], batch_size, progress, judge
-        )
+        found, own = np.zeros((len(examples), 3), np.float32), slice(ranks.rank, None, ranks.count)
+        found[own] = _measured(head, examples[own], batch_size, progress, judge)
         found = ranks.gather(found).sum(axis=0)
     losses, winners, judged = found.T
     loss = float(losses.sum(dtype=float)) / denominator([examples], dataset.kind != "tokens")
@@ -161,24 +163,30 @@ def evaluate_dataset(
 
 
 def _measured(
-    head: Head, examples: Sequence[Example], batch_size: int, progress: bool, judge: Judge | None
+    head: Head,
+    examples: Sequence[Example],
+    batch_size: int,
+    progress: bool,
+    judge: Judge | None,
+    guard: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> np.ndarray:
     """Of each example the sum of its losses in nats, the number of the choice that wins, and its score: (n, 3)."""
     batches = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
     found = [np.zeros((0, 3), np.float32)]
     with Progress("Evaluating", len(batches), "batch", enabled=progress) as bar:
         for part in batches:
-            batch = collate([part], head.continues)
-            scored = scores(head, batch)[0]
-            losses, winners = -scored.sum(axis=-1), mx.zeros(len(part))
-            if batch.labels is not None:
-                losses, winners = example_losses(scored, batch.labels[0]), scored.argmax(axis=-1)
-            judged = mx.zeros(len(part))
-            if judge and judge.generates:
-                judged = judge.text_scores(head, [part])[0]
-            elif judge:
-                judged = judge.choice_scores(scored[None], [part])[0]
-            found.append(np.array(mx.stack([losses, winners, judged], axis=-1)))
+            with guard():
+                batch = collate([part], head.continues)
+                scored = scores(head, batch)[0]
+                losses, winners = -scored.sum(axis=-1), mx.zeros(len(part))
+                if batch.labels is not None:
+                    losses, winners = example_losses(scored, batch.labels[0]), scored.argmax(axis=-1)
+                judged = mx.zeros(len(part))
+                if judge and judge.generates:
+                    judged = judge.text_scores(head, [part])[0]
+                elif judge:
+                    judged = judge.choice_scores(scored[None], [part])[0]
+                found.append(np.array(mx.stack([losses, winners, judged], axis=-1)))
             mx.clear_cache()
             bar.advance()
     return np.concatenate(found)

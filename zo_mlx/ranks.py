@@ -55,7 +55,7 @@ class Ranks:
         self._messages += 1
         content = said.tobytes()
         own = np.array([self._messages, self.rank], np.uint32).tobytes() + content
-        with self._waiting():
+        with self.waiting():
             found = np.array(mx.distributed.all_gather(mx.array(np.frombuffer(_padded(own), np.uint32))))
             rows = found.reshape(self.count, -1)
             # Where a connection is lost, MLX may return what was in that memory before.
@@ -78,7 +78,7 @@ class Ranks:
         """
         if self.count == 1:
             return x
-        with self._waiting():
+        with self.waiting():
             found = mx.distributed.all_sum(x)
             mx.eval(found)
         return found
@@ -93,7 +93,8 @@ class Ranks:
         self.gather(np.array(0))
 
     @contextlib.contextmanager
-    def _waiting(self) -> Iterator[None]:
+    def waiting(self) -> Iterator[None]:
+        """While others are waited for: for so long only. Raises ZoError where a rank has gone."""
         timer = threading.Timer(self._timeout, self._give_up)
         timer.daemon = True
         timer.start()

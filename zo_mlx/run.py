@@ -133,7 +133,8 @@ class Run(Setup):
             if tokens is not None:
                 size = max(1, min(size, tokens // self.longest_row(dataset.examples)))
             try:
-                return evaluate_dataset(self.head, dataset, size, count, self.progress, self.judge, self.ranks)
+                how = self.progress, self.judge, self.ranks, self.split.together
+                return evaluate_dataset(self.head, dataset, size, count, *how)
             except (RuntimeError, MemoryError) as e:
                 if not (is_shortage(e) and self.make_smaller(dataset.examples, f"an evaluation fails: {e}")):
                     raise
@@ -185,6 +186,9 @@ class Run(Setup):
 
     def export(self) -> None:
         """Write what stock mlx-lm loads, of the last and the best values; a run does not fail because that does."""
+        if self.split.together:
+            self.warn("no adapter for stock mlx-lm is written of a model spread over ranks; zo-mlx export makes it")
+            return
         directories = [self.directory, *([self.directory / adapter.BEST] if self.best else [])]
         try:
             for found in write_loras(directories, self.sparse.model, Path(self.config.model), self.tokenizer):

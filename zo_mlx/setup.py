@@ -47,7 +47,9 @@ class Setup:
     def __init__(self, config: TrainConfig, report: Report, ranks: Ranks):
         self.config, self.report, self.ranks = config, report, ranks
         model, data = Path(config.model), Path(config.data)
-        self.sparse, self.tokenizer, index, model_config = load_sparse(model)
+        self.sparse, self.tokenizer, index, model_config = load_sparse(
+            model, spread=ranks.count > 1 and config.split == "model"
+        )
         self.metric = None if config.objective == CROSS_ENTROPY else Metric(config.objective)
         self.longest = min(config.max_seq_length, context_length(model_config))
         features = {name: getattr(config, name) for name in FEATURES}
@@ -76,7 +78,7 @@ class Setup:
         self.head = split_head(self.sparse.model, continuing or bool(self.judge and self.judge.generates))
         if self.judge:
             self.judge.check(self.head)
-        self.sparse.check_branches()
+        self.sparse.check_branches(index.initial_values())
         self.model_prints = fingerprints(model, index)
         self.fingerprints = {
             **self.model_prints,

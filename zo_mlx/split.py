@@ -4,6 +4,7 @@ Slopes and learning rates follow from the losses that all have, so every rank ma
 gradient or activation is sent. (With exact gradients those of the K trained values are.)
 """
 
+import contextlib
 import hashlib
 import time
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ class Split:
         config: resolved; split, gradient, estimator, directions, batch size and objective are read.
 
     Attributes:
+        together: whether all ranks compute everything together, each with its part of the model.
         by_rows: whether each rank has its rows of the batch, and all branches; else its branches, and all rows.
         portions: how many rows or branches each rank has.
         tokens_at_once: the fewest that a rank let into a forward pass in the last step, 0 for no limit.
@@ -48,13 +50,17 @@ class Split:
         is_exact, rows = config.gradient == "exact", len(shares[0])
         self.by_rows = how == "data" or is_exact or (how == "auto" and rows >= ranks.count)
         self._size = rows if self.by_rows else len(shares)
+        self._seconds: list[np.ndarray] = []  # of all ranks, of the steps since the work was divided
+        self.together = how == "model"
+        if self.together:
+            self.portions = [self._size] * ranks.count
+            return
         if self._size < ranks.count:
             what, flag = ("rows", "--batch-size") if self.by_rows else ("branches", "--directions")
             raise UsageError(
                 f"{ranks.count} ranks are too many for a step of {self._size} {what}: raise {flag}, or start fewer"
             )
         self.portions = portions(self._size, [1.0] * ranks.count)
-        self._seconds: list[np.ndarray] = []  # of all ranks, of the steps since the work was divided
 
     def examples(self, batch: Sequence[Example]) -> list[Example]:
         """Those of a step's examples that this rank evaluates."""
@@ -65,14 +71,17 @@ class Split:
         """The losses of a step that all ranks take, from this rank's `loss` with so many tokens in a forward pass.
 
         By branches, each loss is some rank's: the same bits as on one machine, where its backend computes the same for
-        few rows as for many. By rows it is a sum over ranks.
+        few rows as for many. By rows it is a sum over ranks. Together, all have the same.
         """
 
         def shared(branches: Branches, shares: Sequence[Sequence[Example]]) -> mx.array:
             started, own, portions = time.perf_counter(), self._own(shares), self.portions
             mine = branches if self.by_rows else branches[self._mine]
-            losses = np.array(loss(mine, own, denominator(shares, self._config.objective != CROSS_ENTROPY)))
+            with self.ranks.waiting() if self.together else contextlib.nullcontext():
+                losses = np.array(loss(mine, own, denominator(shares, self._config.objective != CROSS_ENTROPY)))
             found = self._told(branches.values, losses, tokens_at_once, step, time.perf_counter() - started)
+            if self.together:
+                return mx.array(found[0])
             if self.by_rows:
                 return mx.array(found.sum(axis=0))
             return mx.array(np.concatenate([row[:n] for row, n in zip(found, portions, strict=True)]))
@@ -93,7 +102,7 @@ class Split:
 
     @property
     def _mine(self) -> slice:
-        first = sum(self.portions[: self.ranks.rank])
+        first = 0 if self.together else sum(self.portions[: self.ranks.rank])
         return slice(first, first + self.portions[self.ranks.rank])
 
     def _shares(self, batch: Sequence[Any]) -> Shares:
