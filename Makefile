@@ -1,12 +1,13 @@
 # make demo   convert a real model, fine-tune it on examples/support, show before and after
 # make test   the whole test suite
 # make check  lint and types
+# make wheel-check   sdist and wheel build, and the wheel does its work without the repository
 
 PYTHON ?= python3
 BIN = .venv/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test check clean
+.PHONY: demo test check wheel-check clean
 
 demo: .venv/smollm2
 	$(BIN)/python examples/demo.py
@@ -22,6 +23,9 @@ check: .venv/lint
 	@rm -rf build/types && mkdir -p build/types/zo_mlx
 	@ln -s $(CURDIR)/zo_mlx/* $(CURDIR)/convert build/types/zo_mlx/
 	$(BIN)/mypy build/types/zo_mlx
+
+wheel-check: .venv/lint
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python tests/wheel.py
 
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "zo-mlx needs Python 3.10 or newer; name one with: make PYTHON=python3.12 ...")'
