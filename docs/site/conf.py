@@ -10,7 +10,7 @@ project = "zo-mlx"
 version = release = zo_mlx.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_argparse_cli"]
 root_doc = "docs/site/index"
-include_patterns = ["docs/site/*.rst", "docs/*.md", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"]
+include_patterns = ["*.md", "docs/*.md", "docs/site/*.rst", "examples/**README.md"]
 suppress_warnings = ["docutils"]  # the help texts of mlx-lm's flags are no reStructuredText
 
 html_theme = "furo"
