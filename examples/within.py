@@ -3,8 +3,8 @@
     python examples/within.py --memory 8 --model demo/model --data examples/support
 
 MLX is told to use two thirds of it at most, weights included; the rest is for the system and for other programs. A
-batch that does not fit goes through the model in parts: slower, with the same result. What is already too much for a
-single row is an error before anything is trained, not a Mac that swaps.
+batch that does not fit goes through the model in parts: slower, with the same result. Where even a single row takes
+more, a warning says so before the first step.
 """
 
 import argparse
@@ -20,15 +20,15 @@ SHARE = 2 / 3
 def show(event: dict[str, Any]) -> None:
     """Called by the training with everything that it reports."""
     if event["event"] == "train":
-        print(f"step {event['iteration']}: loss {event['train_loss']:.3f}, peak {event['peak_memory']:.2f} GB")
+        print(f"step {event['iteration']}: loss {event['train_loss']:.3f}, peak {1000 * event['peak_memory']:,.1f} MB")
     elif event["event"] == "warning":
         print(event["message"], file=sys.stderr)
 
 
-def process_peak() -> float:
-    """The most memory that this process had, in GB."""
+def process_peak() -> int:
+    """The most memory that this process had, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e9 if sys.platform == "darwin" else 1e9 / 1024)
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def main() -> None:
@@ -51,10 +51,14 @@ def main() -> None:
         )
     except zo_mlx.ZoError as e:
         sys.exit(str(e))
-    print(f"{args.memory:g} GB, of which MLX may use   {limit:6.2f} GB")
-    print(f"weights                      {done.weights_memory / 1e9:6.2f} GB")
-    print(f"MLX's peak in training       {done.peak_memory / 1e9:6.2f} GB")
-    print(f"the process's peak           {process_peak():6.2f} GB")
+    rows = {
+        f"two thirds of {args.memory:g} GB": limit * 1e9,
+        "weights": done.weights_memory,
+        "MLX's peak in training": done.peak_memory,
+        "the process's peak": process_peak(),
+    }
+    for name, size in rows.items():
+        print(f"{name:25}{size / 1e6:10,.1f} MB")
 
 
 if __name__ == "__main__":
