@@ -108,7 +108,7 @@ def test_footprint(
 ) -> None:
     _run(monkeypatch, "footprint.py", "footprint.png", "--data", choice_data, "--rows", 8)
     found = json.loads(capsys.readouterr().out)
-    assert len(found) == 6
+    assert len(found) == 5
     assert all(weights < peak for weights, peak in found.values())
     assert (here / "footprint.png").read_bytes().startswith(b"\x89PNG")
 
