@@ -21,6 +21,7 @@ from .lora import write_loras
 from .memory import OVERRUN, is_shortage
 from .optimizer import Optimizer, State
 from .progress import Meter, Progress
+from .ranks import Ranks
 from .result import TrainResult
 from .setup import Report, Setup
 from .step import exact_step, make_loss, rows_of_step, step, tokens_of
@@ -29,9 +30,9 @@ from .step import exact_step, make_loss, rows_of_step, step, tokens_of
 class Run(Setup):
     """A run in progress: its state after `done` steps."""
 
-    def __init__(self, config: TrainConfig, report: Report, progress: bool):
-        super().__init__(config, report)
-        self.progress, self.directory = progress, Path(config.adapter_path)
+    def __init__(self, config: TrainConfig, report: Report, progress: bool, ranks: Ranks):
+        super().__init__(config, report if ranks.is_first else lambda event: None, ranks)
+        self.progress, self.directory = progress and ranks.is_first, ranks.directory(Path(config.adapter_path))
         self.values = self.trainable.initial
         self.optimizer = Optimizer(self.config, self.values)
         self.state = self.optimizer.state
@@ -58,10 +59,15 @@ class Run(Setup):
 
         def take(examples: list[Any], number: int) -> tuple[mx.array, State, journal.Record]:
             if prefix:
-                prefix.prepare(self.batches.of(number, steps))
+                near = self.batches.of(number, steps)
+                each = (near[i : i + self.batch_size] for i in range(0, len(near), self.batch_size))
+                prefix.prepare([e for batch in each for e in self.split.examples(batch)])
+            values, state, at_once = self.values, self.state, config.tokens_at_once
             if config.gradient == "exact":
-                return exact_step(gradient, self.optimizer, self.values, self.state, examples, number)
-            return step(loss, self.optimizer, self.values, self.state, examples, number, config, self.trainable.scale)
+                own = self.split.gradient(gradient, at_once, number)
+                return exact_step(own, self.optimizer, values, state, examples, number)
+            own_loss = self.split.loss(loss, at_once, number)
+            return step(own_loss, self.optimizer, values, state, examples, number, config, self.trainable.scale)
 
         return take
 
@@ -78,13 +84,18 @@ class Run(Setup):
         before = self.config.tokens_at_once or rows_of_step(self.config) * row
         if before <= row:
             return False
-        self.config.tokens_at_once, self.config.keep_blocks = max(row, before // 2), 0
+        self.let_through(max(row, before // 2))
         if not self.is_smaller:
             self.warn(f"{why}: going on with {self.config.tokens_at_once} tokens at once, and fewer if need be")
         self.is_smaller = True
-        self.take = self.step_function()
-        mx.clear_cache()
         return True
+
+    def let_through(self, tokens: int) -> None:
+        """Take steps with so many tokens at once from now on."""
+        if tokens != self.config.tokens_at_once:
+            self.config.tokens_at_once, self.config.keep_blocks = tokens, 0
+            self.take = self.step_function()
+            mx.clear_cache()
 
     def advance(self, number: int) -> tuple[journal.Record, list[Any]]:
         """Take a step and write it to the journal, from when on it counts. Returns its record and its examples."""
@@ -102,6 +113,8 @@ class Run(Setup):
                 f"the loss is not finite at step {number}: stopped; the state after step {self.done} "
                 f"is kept in {self.directory}. Try a smaller --learning-rate"
             )
+        if self.split.tokens_at_once:  # another rank may have had to make its passes smaller
+            self.let_through(self.split.tokens_at_once)
         record = replace(record, tokens_at_once=self.config.tokens_at_once or 0, data=self.data_id)
         self.journal.append(record)
         news = self.optimizer.news(self.state, state)
@@ -120,7 +133,7 @@ class Run(Setup):
             if tokens is not None:
                 size = max(1, min(size, tokens // self.longest_row(dataset.examples)))
             try:
-                return evaluate_dataset(self.head, dataset, size, count, self.progress, self.judge)
+                return evaluate_dataset(self.head, dataset, size, count, self.progress, self.judge, self.ranks)
             except (RuntimeError, MemoryError) as e:
                 if not (is_shortage(e) and self.make_smaller(dataset.examples, f"an evaluation fails: {e}")):
                     raise
@@ -137,7 +150,10 @@ class Run(Setup):
         assert self.valid_set is not None
         try:
             result = self.evaluate(self.valid_set, self.config.val_batches)
-        except (ZoError, RuntimeError, MemoryError) as e:  # a look at the run must not be the end of it
+        except (ZoError, RuntimeError, MemoryError) as e:
+            if self.ranks.count > 1:  # the others wait for this one's part
+                raise
+            # A look at the run must not be the end of it.
             self.warn(f"the validation after step {self.done} failed: {e}")
             return None
         if not math.isfinite(result.objective):
@@ -149,7 +165,8 @@ class Run(Setup):
             is_best = result.objective < (self.best.loss if self.best else math.inf)
         if is_best:
             self.best = Best(self.done, result.objective)
-            adapter.write_best(self.directory, self.snapshot(result.objective))
+            if self.ranks.is_first:
+                adapter.write_best(self.directory, self.snapshot(result.objective))
         self.report({"event": "validation", "iteration": self.done, "best": is_best, **result.as_dict()})
         return result
 
@@ -163,7 +180,8 @@ class Run(Setup):
         return adapter.Snapshot(self.done, self.journal.identity, self.model_prints, values, validation_loss)
 
     def save(self) -> None:
-        adapter.write_snapshot(self.directory, self.snapshot(), self.state)
+        if self.ranks.is_first:
+            adapter.write_snapshot(self.directory, self.snapshot(), self.state)
 
     def export(self) -> None:
         """Write what stock mlx-lm loads, of the last and the best values; a run does not fail because that does."""
@@ -222,7 +240,8 @@ class Run(Setup):
         test = self.evaluate(self.test_set, config.test_batches) if self.test_set and config.test_batches else None
         if test:
             self.report({"event": "test", "iteration": self.done, **test.as_dict()})
-        self.export()
+        if self.ranks.is_first:
+            self.export()
         return TrainResult(
             str(self.directory), self.done, self.sparse.size, meter.last_loss, before, after, test, self.best,
             meter.seconds, weights, peak, adapter.size_bytes(self.directory),
