@@ -51,7 +51,7 @@ def _stock_parser(command: str) -> ArgumentParser:
 
 
 def _flags(parser: ArgumentParser) -> set[str]:
-    """Those that its help shows, and those of mlx-lm that are taken without effect."""
+    """All that it takes, in its help or not."""
     return {flag for action in parser._actions for flag in action.option_strings}
 
 
