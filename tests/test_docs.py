@@ -37,7 +37,7 @@ def _code(page: Path) -> Iterator[tuple[bool, str]]:
 
 @cache
 def _stock_parser(command: str) -> ArgumentParser:
-    """The parser of one of mlx-lm's commands, which its `main` makes."""
+    """The parser of one of mlx-lm's or MLX's commands, which its `main` makes."""
     made: list[ArgumentParser] = []
 
     def stop(parser: ArgumentParser, *_: object) -> None:
@@ -46,7 +46,8 @@ def _stock_parser(command: str) -> ArgumentParser:
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(InterruptedError):
         patch.setattr(ArgumentParser, "parse_args", stop)
-        importlib.import_module(f"mlx_lm.{command}").main()
+        patch.setattr(ArgumentParser, "parse_known_args", stop)
+        importlib.import_module("mlx._distributed_utils.launch" if command == "launch" else f"mlx_lm.{command}").main()
     return made[0]
 
 
@@ -71,6 +72,7 @@ def _flags_of(words: list[str]) -> set[str] | None:
 def test_commands_parse(page: Path) -> None:
     for is_line, code in _code(page):
         code = re.sub(r"^\w+=\S+ ", "", code)  # a variable of the environment
+        code = re.sub(r"^mlx\.launch .*\bzo-mlx\"? ", "zo-mlx ", code)  # what each machine runs
         if not re.match(r"(zo-mlx|mlx_lm\.\w+|python|\.\.\.) ", code):
             continue
         words = shlex.split(code, comments=True)
@@ -88,8 +90,8 @@ def test_commands_parse(page: Path) -> None:
 
 @cache
 def _all_flags() -> set[str]:
-    """Of zo-mlx, mlx-lm, and the scripts."""
-    stock = ("chat", "convert", "fuse", "generate", "lora", "server")
+    """Of zo-mlx, mlx-lm, `mlx.launch` and the scripts."""
+    stock = ("chat", "convert", "fuse", "generate", "launch", "lora", "server")
     parsers = [build_parser(), *COMMANDS.values(), *map(_stock_parser, stock)]
     scripts = {flag for path in SCRIPTS for flag in re.findall(r'"(--[a-z][\w-]+)"', path.read_text())}
     return {"--no-deps", "--help"} | scripts | {flag for parser in parsers for flag in _flags(parser)}
@@ -122,7 +124,12 @@ def test_make_targets_and_extras_exist() -> None:
 
 
 def test_examples_of_data_are_json() -> None:
-    lines = [code for page in PAGES for is_line, code in _code(page) if is_line and code.startswith('{"')]
+    lines = [
+        code
+        for page in PAGES
+        for is_line, code in _code(page)
+        if is_line and re.match(r'{"(text|prompt|messages)"', code)
+    ]
     assert len(lines) >= 5
     for line in lines:
         assert json.loads(line)

@@ -15,14 +15,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import write_jsonl
 from test_stop import _words
 from test_train import _train, _values
 
+from zo_mlx.config import TrainConfig, resolved
+from zo_mlx.data import load_dataset
+from zo_mlx.estimator import Branches, OneSided, directions
+from zo_mlx.head import split_head
 from zo_mlx.journal import Journal
-from zo_mlx.split import portions
+from zo_mlx.model import load_sparse
+from zo_mlx.split import Split, portions
+from zo_mlx.step import make_loss
 
 # Processes with the environment that `mlx.launch` gives them, which load Python's modules only once.
 RANKS = """
@@ -206,6 +213,53 @@ def test_more_ranks_than_there_is_work_for_are_refused(tiny: Path, choice_data: 
     codes, _, errs = Ranks([words] * 3, tmp_path).ended()
     assert codes == [2] * 3
     assert all("3 ranks are too many for a step of 2 branches: raise --directions, or start fewer" in e for e in errs)
+
+
+class Uneven:
+    """In the place of `Ranks`: two of them, of which the second takes three times as long for a row."""
+
+    count, rank = 2, 0
+
+    def __init__(self, rows: Sequence[int]):
+        self.rows = rows
+
+    def gather(self, said: np.ndarray) -> np.ndarray:
+        found = np.stack([said, said])
+        found["seconds"] = [self.rows[0], 3 * self.rows[1]]
+        return found
+
+
+def test_slower_ranks_get_fewer_rows_by_and_by() -> None:
+    config = resolved(TrainConfig(batch_size=8, directions=2))
+    split = Split(Uneven([4, 4]), config)  # type: ignore[arg-type]
+    batch: list[Any] = list(range(8))
+    seen: list[list[int]] = []
+
+    def losses(branches: Branches, shares: Sequence[Sequence[Any]], count: float | None = None) -> mx.array:
+        seen.append(list(shares[0]))
+        return mx.ones(len(branches))
+
+    branches = OneSided().branches(mx.zeros(3), directions(0, 1, 2, 3), 1e-3)
+    config.objective = "accuracy"  # rows are counted, not tokens
+    for step in range(1, 18):
+        total = split.loss(losses, None, step)(branches, [batch] * 3)
+        assert total.tolist() == [2, 2, 2]
+    assert seen[0] == seen[15] == [0, 1, 2, 3]
+    assert seen[16] == [0, 1, 2, 3, 4, 5]
+    assert split.examples(batch) == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_branch_alone_has_the_bits_that_it_has_beside_others(smollm2: Path) -> None:
+    """Of a real model on this backend: what `--split directions` builds on."""
+    sparse, tokenizer, index, _ = load_sparse(smollm2)
+    data = load_dataset(Path(__file__).parents[1] / "examples/support/train.jsonl", tokenizer, 256)
+    examples = sorted(data.examples, key=lambda e: e.length)[:2]
+    loss, values = make_loss(sparse, split_head(sparse.model)), index.initial_values()
+    branches = OneSided().branches(values, directions(0, 1, 7, values.size), 1e-3)
+    whole = loss(branches, [examples] * 8)
+    for count in (1, 3):
+        parts = [loss(part, [examples] * len(part)) for part in (branches[i : i + count] for i in range(0, 8, count))]
+        assert (mx.concatenate(parts) == whole).all()
 
 
 def test_work_is_divided_so_that_all_are_done_soonest() -> None:

@@ -30,6 +30,8 @@ def train(
 ) -> TrainResult:
     """Fine-tune a converted model's sensitive weights.
 
+    Processes that `mlx.launch` has started train together: the first one reports and writes the result.
+
     Args:
         resume: go on with the run in `adapter_path`; its own settings hold, and those given must agree with them.
         overwrite: replace a run in `adapter_path`.
