@@ -115,7 +115,7 @@ def plan(
 
     ways = {gradient: replace(config, gradient=gradient) for gradient in ("zo", "exact")}
     rows = {name: filled(resolved(own).batch_size) for name, own in ways.items()}
-    with bounded_cache(), Progress("Steps of a model of zeros", 3, "way to train", progress) as bar:
+    with bounded_cache(), Progress("Steps of a model of zeros", 3, "method", progress) as bar:
         peak = _measured(Path(model), ways[measure], rows[measure], tokens) if measure else None
         weights, needs = bytes_of(make()), dict[str, Need]()
         for name, own in ways.items():
