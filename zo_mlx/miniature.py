@@ -74,7 +74,8 @@ class Steps:
             texts: all tokens are targets; else the examples have two choices of one token.
             least: an example at a time, in as little memory as possible.
         """
-        config = resolved(replace(self._config, batch_size=rows))
+        directions = 1 if least else self._config.directions  # branches come after each other then
+        config = resolved(replace(self._config, batch_size=rows, directions=directions))
         values, optimizer, at_once, prefix = self._trainable.initial, self._optimizer, 1 if least else None, None
         if self.trained < len(self.blocks.blocks):
             prefix = Prefix(self.blocks, self._sparse.first_block, tokens_at_once=at_once)

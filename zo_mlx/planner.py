@@ -154,7 +154,7 @@ def _need(weights: int, small: Miniature, rows: int, tokens: int) -> Need:
 def line(peak: Callable[[int], int]) -> Callable[[int], int]:
     """A function of the number of examples, from two of its values: what examples need grows by the same for each."""
     one = peak(1)
-    some = min(MOST_ROWS, ENOUGH // one)
+    some = min(MOST_ROWS, -(-ENOUGH // one))
     each = (peak(some) - one) / (some - 1) if some > 1 else one  # of so much, little is not the example's
     return lambda rows: int(one + (rows - 1) * each)
 
