@@ -160,7 +160,7 @@ def test_a_chat_template_that_fails_is_one_clear_line(
 
 
 def test_help_shows_defaults_where_there_are_any(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("convert", "train", "evaluate", "generate", "chat", "server", "info"):
+    for command in ("convert", "memory", "train", "evaluate", "generate", "chat", "server", "info"):
         with pytest.raises(SystemExit):
             main([command, "--help"])
         text = capsys.readouterr().out

@@ -60,11 +60,12 @@ def is_shortage(error: Exception) -> bool:
     return isinstance(error, MemoryError) or re.search("alloc|memory", str(error), re.IGNORECASE) is not None
 
 
-def peak_of(run: Callable[[], object], limit: int = 0) -> int:
+def peak_of(run: Callable[[], object], limit: int | None = 0) -> int:
     """The most bytes that MLX holds while something runs, in all.
 
     Args:
-        limit: below which MLX is held; 0 is an operation at a time, which holds no more than what must be.
+        limit: below which MLX is held; 0 is an operation at a time, which holds no more than what must be,
+            None is as MLX likes.
     """
     gc.collect()  # modules that refer to each other keep their arrays until then
     mx.clear_cache()

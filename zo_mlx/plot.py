@@ -1,4 +1,5 @@
-"""Draw where a model's sensitive weights sit: by layer, their number, their scores, and the columns they touch."""
+"""Draw where a model's sensitive weights sit (by layer, their number, their scores, and the columns they touch), and
+what training it takes of memory."""
 
 import re
 from pathlib import Path
@@ -11,6 +12,24 @@ from .files import write_atomically
 
 _FORMATS = (".png", ".pdf", ".svg")
 _TICKS = 12
+
+# What `planner.plan` says of what, and as people read it.
+WAYS = {"zo": "random directions", "exact": "exact gradients", "lora": "LoRA by mlx-lm"}
+PARTS = {"weights": "weights", "trained": "trained part", "activations": "activations", "logits": "logits"}
+
+
+def check_plot_file(path: Path) -> None:
+    """Raise UsageError if nothing can be drawn to a file: it exists, is of another kind, or there is no matplotlib."""
+    if path.suffix not in _FORMATS:
+        raise UsageError(f"--plot {path}: the file's name must end with one of {', '.join(_FORMATS)}")
+    if path.exists():
+        raise UsageError(f"{path} already exists; name another file or remove it first")
+    if not path.parent.is_dir():
+        raise UsageError(f"--plot {path}: no such directory")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise UsageError("plotting needs matplotlib: pip install 'zo-mlx[plot]'") from None
 
 
 def plot(found: dict[str, Any], path: Path) -> None:
@@ -26,14 +45,8 @@ def plot(found: dict[str, Any], path: Path) -> None:
     """
     if "index" not in found:
         raise UsageError(f"{found['path']} has no sensitive index to plot")
-    if path.suffix not in _FORMATS:
-        raise UsageError(f"--plot {path}: the file's name must end with one of {', '.join(_FORMATS)}")
-    if path.exists():
-        raise UsageError(f"{path} already exists; name another file or remove it first")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("plotting needs matplotlib: pip install 'zo-mlx[plot]'") from None
+    check_plot_file(path)
+    from matplotlib.figure import Figure
 
     layers = found["index"]["layers"]
     places = [_place(layer["path"]) for layer in layers]
@@ -61,6 +74,30 @@ def plot(found: dict[str, Any], path: Path) -> None:
         axes.set_xticks(range(0, blocks, 1 + blocks // _TICKS))
         figure.colorbar(image, ax=axes, format=lambda share, _: f"{100 * share:g}%")
     axes.set_xlabel("block")
+    write_atomically(path, lambda p: figure.savefig(p, dpi=150))
+
+
+def plot_plan(planned: dict[str, Any], path: Path) -> None:
+    """Write a figure of what `planner.plan` says: arguments and errors are those of `plot`."""
+    check_plot_file(path)
+    from matplotlib.figure import Figure
+
+    needs = planned["needs"]
+    figure = Figure(figsize=(7.5, 4), layout="constrained")
+    axes = figure.subplots()
+    names = [f"{title}\n{needs[way]['batch_size']} examples" for way, title in WAYS.items()]
+    below = np.zeros(len(names))
+    for part in PARTS:
+        sizes = np.array([(needs[way][part] or 0) / 1e9 for way in WAYS])
+        axes.bar(names, sizes, bottom=below, width=0.6, label=PARTS[part])
+        below += sizes
+    for limit in planned["limits"]:
+        if limit["bytes"] / 1e9 <= 1.5 * below.max():
+            axes.axhline(limit["bytes"] / 1e9, color="gray", linestyle="--", linewidth=1)
+            axes.annotate(limit["name"], (1.01, limit["bytes"] / 1e9), xycoords=("axes fraction", "data"), va="center")
+    axes.set_ylabel("GB")
+    axes.set_title(f"{Path(planned['model']).name}: estimated peak, {planned['max_seq_length']} tokens an example")
+    axes.legend(frameon=False)
     write_atomically(path, lambda p: figure.savefig(p, dpi=150))
 
 
