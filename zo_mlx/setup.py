@@ -31,6 +31,7 @@ class Setup:
     Attributes:
         config: resolved, with all that was settled filled in.
         judge: of the model's answers, if these are the objective.
+        sizes: of the index, by layer.
         fingerprints: of all that a run with the same journal must find unchanged; `data_id` stands for the data's.
         depth: which blocks are trained.
         trainable: which weights, and what they are before.
@@ -40,6 +41,7 @@ class Setup:
         self.config, self.report = config, report
         model, data = Path(config.model), Path(config.data)
         self.sparse, self.tokenizer, index, model_config = load_sparse(model)
+        self.sizes = {path: tensor.size for path, tensor in index.tensors.items()}
         self.metric = None if config.objective == CROSS_ENTROPY else Metric(config.objective)
         self.longest = min(config.max_seq_length, context_length(model_config))
         features = {name: getattr(config, name) for name in FEATURES}

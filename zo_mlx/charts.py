@@ -1,0 +1,164 @@
+"""Curves and maps as plain geometry, which the report's template draws as SVG.
+
+matplotlib is an extra, and its colours do not follow the reader's scheme; libraries that draw in the page need scripts.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .plot import block_and_name
+
+WIDTH, HEIGHT = 560, 220
+LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 24
+# More points than this are not seen: a curve of thousands of steps becomes the lowest and highest of each stretch.
+_STRETCHES = 280
+_DOTS = 40
+_TICKS = 4
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve: its points, (n, 2) of step and value; what is drawn of it; and its name in the legend."""
+
+    name: str
+    points: np.ndarray
+    kind: str  # "every": each step, faint; "trend": smoothed; "line"; "dots": with a mark at each point
+
+
+@dataclass
+class Chart:
+    """What to draw, in a box of WIDTH by HEIGHT."""
+
+    title: str
+    x_ticks: list[tuple[float, str]]
+    y_ticks: list[tuple[float, str]]
+    lines: list[tuple[str, str, str]] = field(default_factory=list)  # kind, name, points
+    dots: list[tuple[float, float, str, bool]] = field(default_factory=list)  # x, y, what it says, whether the best
+    band: str = ""
+
+
+def chart(
+    title: str,
+    lines: Sequence[Line],
+    steps: int,
+    show: Callable[[float], str],
+    band: np.ndarray | None = None,
+    best: int | None = None,
+) -> Chart | None:
+    """A chart of curves over the steps from 0 to `steps`, or None where there is nothing to draw.
+
+    Args:
+        show: a value as text.
+        band: (n, 3) of step, low and high.
+        best: the step whose dot is marked.
+    """
+    lines = [Line(line.name, line.points[np.isfinite(line.points).all(axis=1)], line.kind) for line in lines]
+    lines = [line for line in lines if len(line.points)]
+    if not lines:
+        return None
+    # A step that explodes must not flatten all others: what is beyond the range is drawn at its edge.
+    seen = [np.quantile(n.points[:, 1], (0.01, 0.99) if n.kind == "every" else (0, 1)) for n in lines]
+    seen += [] if band is None else [band[:, 1:].ravel()]
+    low, high = float(min(map(np.min, seen))), float(max(map(np.max, seen)))
+    margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+    low, high = low - margin, high + margin
+    last = max(1, steps)
+
+    def place(points: np.ndarray) -> np.ndarray:
+        x = LEFT + (WIDTH - LEFT - RIGHT) * points[:, 0] / last
+        y = TOP + (HEIGHT - TOP - BOTTOM) * (high - points[:, 1].clip(low, high)) / (high - low)
+        return np.stack([x, y], axis=1).round(1)
+
+    def text(points: np.ndarray) -> str:
+        return " ".join(f"{x:g},{y:g}" for x, y in place(points))
+
+    x_ticks = [(float(place(np.array([[t, low]]))[0, 0]), f"{t:,.0f}") for t in ticks(0, last, whole=True)]
+    y_ticks = [(float(place(np.array([[0, t]]))[0, 1]), show(t)) for t in ticks(low, high)]
+    made = Chart(title, x_ticks, y_ticks)
+    for line in lines:
+        drawn = {"every": thinned, "trend": trend}.get(line.kind, lambda points: points)(line.points)
+        made.lines.append((line.kind, line.name, text(drawn)))
+        if line.kind == "dots":
+            marked = line.points[:: 1 + len(line.points) // _DOTS]
+            chosen = np.unique(np.concatenate([marked, line.points[line.points[:, 0] == best]]), axis=0)
+            for (x, y), (step, value) in zip(place(chosen).tolist(), chosen.tolist(), strict=True):
+                made.dots.append((x, y, f"step {step:.0f}: {show(value)}", step == best))
+    if band is not None:
+        made.band = text(np.concatenate([band[:, :2], band[::-1, [0, 2]]]))
+    return made
+
+
+def ticks(low: float, high: float, whole: bool = False) -> list[float]:
+    """Round numbers between two, about as many as look well."""
+    rough = (high - low) / _TICKS
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= rough)
+    step = max(1.0, math.ceil(step)) if whole else step
+    return [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def thinned(points: np.ndarray) -> np.ndarray:
+    """The lowest and the highest point of each stretch of a curve, in their order: it looks the same."""
+    if len(points) <= 2 * _STRETCHES:
+        return points
+    kept = []
+    for part in np.array_split(np.arange(len(points)), _STRETCHES):
+        values = points[part, 1]
+        kept += sorted({part[values.argmin()], part[values.argmax()]})
+    return points[kept]
+
+
+def trend(points: np.ndarray) -> np.ndarray:
+    """The mean over a twelfth of the curve around each point, less at its ends."""
+    half = max(1, len(points) // 24)
+    sums = np.concatenate([[0.0], np.cumsum(points[:, 1])])
+    at = np.unique(np.linspace(0, len(points) - 1, _STRETCHES).astype(int))
+    first, last = np.maximum(at - half, 0), np.minimum(at + half + 1, len(points))
+    return np.stack([points[at, 0], (sums[last] - sums[first]) / (last - first)], axis=1)
+
+
+@dataclass
+class LayerMap:
+    """A grid with a row for each kind of layer and a column for each block.
+
+    Attributes:
+        rows: name and cells: (block, strength from 0 to 1 or None for none, what it says).
+        low, high: what the faintest and the strongest stand for.
+    """
+
+    title: str
+    note: str
+    blocks: int
+    rows: list[tuple[str, list[tuple[int, float | None, str]]]]
+    low: str
+    high: str
+
+
+def layer_map(
+    title: str,
+    note: str,
+    paths: Sequence[str],
+    values: Sequence[float | None],
+    says: Sequence[str],
+    show: Callable[[float], str],
+) -> LayerMap:
+    """A map of one positive number for each layer, None where there is none; by its logarithm.
+
+    Args:
+        paths: of the layers.
+        says: what the reader is told of each.
+    """
+    known = [v for v in values if v is not None and v > 0]
+    low, high = (min(known), max(known)) if known else (1.0, 1.0)
+    rows: dict[str, list[tuple[int, float | None, str]]] = {}
+    for path, value, text in zip(paths, values, says, strict=True):
+        block, name = block_and_name(path)
+        strength = None if value is None else 0.0
+        if value:
+            strength = 1.0 if high == low else 0.1 + 0.9 * math.log(value / low) / math.log(high / low)
+        rows.setdefault(name, []).append((block, strength, text))
+    blocks = 1 + max(block for cells in rows.values() for block, _, _ in cells)
+    return LayerMap(title, note, blocks, list(rows.items()), show(low), show(high))
