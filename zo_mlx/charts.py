@@ -16,6 +16,7 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 24
 # More points than this are not seen: a curve of thousands of steps becomes the lowest and highest of each stretch.
 _STRETCHES = 280
 _DOTS = 40
+NO_BAND = np.zeros((0, 3))
 _TICKS = 4
 
 
@@ -45,7 +46,7 @@ def chart(
     lines: Sequence[Line],
     steps: int,
     show: Callable[[float], str],
-    band: np.ndarray | None = None,
+    band: np.ndarray = NO_BAND,
     best: int | None = None,
 ) -> Chart | None:
     """A chart of curves over the steps from 0 to `steps`, or None where there is nothing to draw.
@@ -59,11 +60,16 @@ def chart(
     lines = [line for line in lines if len(line.points)]
     if not lines:
         return None
+    draw = {"every": thinned, "trend": trend}
+    drawn = [draw.get(line.kind, np.asarray)(line.points) for line in lines]
     # A step that explodes must not flatten all others: what is beyond the range is drawn at its edge.
-    seen = [np.quantile(n.points[:, 1], (0.01, 0.99) if n.kind == "every" else (0, 1)) for n in lines]
-    seen += [] if band is None else [band[:, 1:].ravel()]
+    seen = [
+        np.quantile(line.points[:, 1], (0.01, 0.99)) if line.kind == "every" else points[:, 1]
+        for line, points in zip(lines, drawn, strict=True)
+    ]
+    seen += [band[:, 1:].ravel()] if len(band) else []
     low, high = float(min(map(np.min, seen))), float(max(map(np.max, seen)))
-    margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+    margin = 0.06 * (high - low) if high - low > 1e-9 * abs(high) else max(0.1 * abs(high), 1e-6)
     low, high = low - margin, high + margin
     last = max(1, steps)
 
@@ -78,15 +84,14 @@ def chart(
     x_ticks = [(float(place(np.array([[t, low]]))[0, 0]), f"{t:,.0f}") for t in ticks(0, last, whole=True)]
     y_ticks = [(float(place(np.array([[0, t]]))[0, 1]), show(t)) for t in ticks(low, high)]
     made = Chart(title, x_ticks, y_ticks)
-    for line in lines:
-        drawn = {"every": thinned, "trend": trend}.get(line.kind, lambda points: points)(line.points)
-        made.lines.append((line.kind, line.name, text(drawn)))
+    for line, points in zip(lines, drawn, strict=True):
+        made.lines.append((line.kind, line.name, text(points)))
         if line.kind == "dots":
             marked = line.points[:: 1 + len(line.points) // _DOTS]
             chosen = np.unique(np.concatenate([marked, line.points[line.points[:, 0] == best]]), axis=0)
             for (x, y), (step, value) in zip(place(chosen).tolist(), chosen.tolist(), strict=True):
                 made.dots.append((x, y, f"step {step:.0f}: {show(value)}", step == best))
-    if band is not None:
+    if len(band):
         made.band = text(np.concatenate([band[:, :2], band[::-1, [0, 2]]]))
     return made
 
@@ -95,8 +100,8 @@ def ticks(low: float, high: float, whole: bool = False) -> list[float]:
     """Round numbers between two, about as many as look well."""
     rough = (high - low) / _TICKS
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= rough)
-    step = max(1.0, math.ceil(step)) if whole else step
+    step = next((power * m for m in (1, 2, 2.5, 5) if power * m >= rough), 10 * power)
+    step = math.ceil(step) if whole else step
     return [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .charts import Chart, LayerMap, Line, chart, layer_map, trend
+from .charts import NO_BAND, Chart, LayerMap, Line, chart, layer_map, trend
 from .events import Event
 
 Row = dict[str, float]
@@ -94,8 +94,8 @@ def rows(events: Sequence[Event], kind: str) -> list[Row]:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is a finite one, of what a JSON file may hold."""
-    return (type(value) is float and math.isfinite(value)) or (type(value) is int and abs(value) < 1 << 53)
+    """Whether it is one that can be drawn, of what a JSON file may hold."""
+    return type(value) in (int, float) and abs(value) < 1e30
 
 
 def _points(rows: Sequence[Row], *keys: str) -> np.ndarray:
@@ -145,8 +145,8 @@ def curves(
         if name == ("score" if scored else "loss"):
             own = steps[:, :2] * (1, -1 if scored else 1)
             lines = [Line("each step", own, "every"), Line("training, smoothed", own, "trend")]
-        band = _points(validations, "accuracy_low", "accuracy_high") if name == "accuracy" else None
-        called = "validation" if band is None else "validation, with 95% confidence intervals"
+        band = _points(validations, "accuracy_low", "accuracy_high") if name == "accuracy" else NO_BAND
+        called = "validation, with 95% confidence intervals" if len(band) else "validation"
         lines.append(Line(called, _points(validations, name), "dots"))
         show = (lambda share: f"{100 * share:.3g}%") if name == "accuracy" else "{:.3g}".format
         made.append(chart(name.capitalize(), lines, len(steps), show, band, best))
