@@ -17,7 +17,7 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 24
 _STRETCHES = 280
 _DOTS = 40
 NO_BAND = np.zeros((0, 3))
-_TICKS = 4
+_TICKS = 5
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def chart(
         best: the step whose dot is marked.
     """
     lines = [Line(line.name, line.points[np.isfinite(line.points).all(axis=1)], line.kind) for line in lines]
-    lines = [line for line in lines if len(line.points)]
+    lines = [line for line in lines if len(line.points) >= (1 if line.kind == "dots" else 2)]
     if not lines:
         return None
     draw = {"every": thinned, "trend": trend}
@@ -69,7 +69,9 @@ def chart(
     ]
     seen += [band[:, 1:].ravel()] if len(band) else []
     low, high = float(min(map(np.min, seen))), float(max(map(np.max, seen)))
-    margin = 0.06 * (high - low) if high - low > 1e-9 * abs(high) else max(0.1 * abs(high), 1e-6)
+    margin = 0.06 * (high - low)
+    if high - low <= max(1e-9 * abs(high), 1e-100):  # a flat line
+        margin = 0.1 * abs(high) if abs(high) > 1e-9 else 1.0
     low, high = low - margin, high + margin
     last = max(1, steps)
 
@@ -157,7 +159,7 @@ def layer_map(
         says: what the reader is told of each.
     """
     known = [v for v in values if v is not None and v > 0]
-    low, high = (min(known), max(known)) if known else (1.0, 1.0)
+    low, high = (min(known), max(known)) if known else (0.0, 0.0)
     rows: dict[str, list[tuple[int, float | None, str]]] = {}
     for path, value, text in zip(paths, values, says, strict=True):
         block, name = block_and_name(path)

@@ -23,9 +23,11 @@ def percent(share: float) -> str:
 METRICS: dict[str, Callable[[float], str]] = {
     "score": "{:.3f}".format,
     "accuracy": percent,
-    "perplexity": "{:.4g}".format,
+    "perplexity": lambda x: f"{x:,.0f}" if x >= 1000 else f"{x:.4g}",
     "loss": "{:.3f}".format,
 }
+# On an axis.
+_TICKS = {"accuracy": lambda x: f"{100 * x:.3g}%", "perplexity": METRICS["perplexity"]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +109,7 @@ def _points(rows: Sequence[Row], *keys: str) -> np.ndarray:
 def results(
     validations: Sequence[Row], tests: Sequence[Row], steps: np.ndarray, scored: bool
 ) -> list[tuple[str, str, str, str]]:
-    """Name, before, after and on the test set, of what there is; without validations, of the training loss.
+    """Name, before, after and on the test set, of the first two there are; without validations, of the training loss.
 
     Args:
         steps: (n, 4) of number, loss, root mean square of the slopes, largest of them.
@@ -123,7 +125,7 @@ def results(
     if not found and len(finite):
         first, last = trend(finite)[[0, -1], 1] * (-1 if scored else 1)
         found.append(("training score" if scored else "training loss", f"{first:.3f}", f"{last:.3f}", ""))
-    return found
+    return found[:2]
 
 
 def note(validations: Sequence[Row], best: int | None) -> str:
@@ -148,8 +150,7 @@ def curves(
         band = _points(validations, "accuracy_low", "accuracy_high") if name == "accuracy" else NO_BAND
         called = "validation, with 95% confidence intervals" if len(band) else "validation"
         lines.append(Line(called, _points(validations, name), "dots"))
-        show = (lambda share: f"{100 * share:.3g}%") if name == "accuracy" else "{:.3g}".format
-        made.append(chart(name.capitalize(), lines, len(steps), show, band, best))
+        made.append(chart(name.capitalize(), lines, len(steps), _TICKS.get(name, "{:.3g}".format), band, best))
     slopes, rates = steps[:, [0, 2]], _points(reports, "learning_rate")
     lines = [Line("each step", slopes, "every"), Line("smoothed", slopes, "trend")]
     made.append(chart("Projected gradients, root mean square", lines, len(steps), "{:.3g}".format))

@@ -14,8 +14,8 @@ from .head import Head
 from .objective import collate, scores
 from .sparse import SparseModel
 
-# A second with SmolLM2 on two cores.
-CHOICE_EXAMPLES, TEXT_EXAMPLES = 8, 4
+# Little more than a step with SmolLM2.
+CHOICE_EXAMPLES, TEXT_EXAMPLES = 6, 3
 # Shown of each: the last tokens of a text, the last characters of a prompt, the likeliest choices.
 TOKENS, CHARACTERS, SHOWN = 40, 500, 5
 
