@@ -63,6 +63,7 @@ def test_what_is_not_of_this_run_and_its_steps_is_left_out(tmp_path: Path) -> No
             "[]", "{", '{"event": 1, "time": 1.0}', '{"event": "test"}', '{"event": "test", "time": 1e999}',
             '{"event": "test", "time": 1.0, "iteration": -1}', '{"event": "test", "time": 1.0, "iteration": "1"}',
             '{"event": "test", "time": 1.0, "iteration": ' + 5000 * "9" + "}", "[" * 100_000,
+            '{"event": "begun", "time": 1.0, "settings": ' + 300 * "[" + 300 * "]" + "}",
         ):  # fmt: skip
             f.write(line + "\n")
     assert len(read_events(path, RUN, 4)) == 5

@@ -21,6 +21,8 @@ FILE_NAME = "events.jsonl"
 FORMAT = "zo-mlx-events"
 VERSION = 1
 
+_MOST_BRACKETS = 200  # of a line: what is nested deeper than any event is not unpacked
+
 Event = dict[str, Any]
 
 
@@ -93,7 +95,9 @@ def read_events(path: Path, journal: str, done: int) -> list[Event]:
         lines = path.read_bytes().splitlines() if path.is_file() else []
     found: list[Event] = []
     for line in lines:
-        with contextlib.suppress(ValueError, RecursionError):  # torn, or not ours
+        if line.count(b"[") + line.count(b"{") > _MOST_BRACKETS:
+            continue
+        with contextlib.suppress(ValueError):  # torn, or not ours
             if isinstance(event := json.loads(line), dict):
                 found.append(event)
     if not found or [found[0].get(key) for key in ("format", "version", "journal")] != [FORMAT, VERSION, journal]:

@@ -8,6 +8,7 @@ import json
 import math
 import shlex
 import time
+from array import array
 from functools import cache
 from pathlib import Path
 
@@ -43,7 +44,7 @@ class Report:
 
     def __init__(self, run: Setup, directory: Path, journal: Journal, log: EventLog):
         self._run, self._directory, self._journal, self._log = run, directory, journal, log
-        self._steps: list[tuple[int, float, float, float]] = []  # number, loss; r.m.s. and largest of the slopes
+        self._steps = array("f")  # of each: loss, root mean square and largest of the slopes
         self._samples: list[Sample] = []
         self._template = _template()  # read when the run begins: a later version may lie there when it ends
         named = {"validation": run.valid_set, "test": run.test_set, "training": run.train_set}
@@ -76,9 +77,9 @@ class Report:
             held: bytes that MLX held before this process's first step.
             peak: the most that it held in a step of this process.
         """
-        for record in self._journal.records(len(self._steps)):
+        for record in self._journal.records(len(self._steps) // 3):
             slopes = np.abs(record.projected.astype(np.float64))
-            self._steps.append((record.step, record.loss, float(np.sqrt((slopes**2).mean())), float(slopes.max())))
+            self._steps.extend((record.loss, np.sqrt((slopes**2).mean()), slopes.max()))
         content = self._page(values, best, held, peak).encode(
             errors="backslashreplace"
         )  # names of files may be no text
@@ -89,7 +90,8 @@ class Report:
 
     def _page(self, values: mx.array, best: int | None, held: int, peak: int) -> str:
         run, config, events = self._run, self._run.config, self._log.events
-        steps = np.array(self._steps, np.float64).reshape(-1, 4)
+        steps = np.array(self._steps, np.float64).reshape(-1, 3)
+        steps = np.insert(steps, 0, np.arange(1, len(steps) + 1), axis=1)
         validations, reports, tests = (figures.rows(events, kind) for kind in ("validation", "train", "test"))
         peak = max([held, peak, *(int(1e9 * row.get("peak_memory", 0)) for row in reports)])
         layers = figures.moved(
