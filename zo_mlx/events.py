@@ -85,7 +85,7 @@ class EventLog:
 
 
 def _line(event: Event) -> bytes:
-    return json.dumps(event).encode() + b"\n"
+    return json.dumps(event, default=str).encode() + b"\n"  # YAML has dates
 
 
 def read_events(path: Path, journal: str, done: int) -> list[Event]:

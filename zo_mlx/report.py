@@ -80,9 +80,8 @@ class Report:
         for record in self._journal.records(len(self._steps) // 3):
             slopes = np.abs(record.projected.astype(np.float64))
             self._steps.extend((record.loss, np.sqrt((slopes**2).mean()), slopes.max()))
-        content = self._page(values, best, held, peak).encode(
-            errors="backslashreplace"
-        )  # names of files may be no text
+        page = self._page(values, best, held, peak)
+        content = page.encode(errors="backslashreplace")  # names of files need not be text
         try:
             write_atomically(self._directory / adapter.REPORT, lambda beside: beside.write_bytes(content))
         except ZoError as e:
