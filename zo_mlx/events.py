@@ -58,7 +58,9 @@ class EventLog:
     def begin(self, iteration: int, **how: Any) -> None:
         """Note in the file alone that training begins or goes on, how, and where."""
         versions = {"zo_mlx": __version__, "mlx": version("mlx"), "mlx_lm": version("mlx-lm")}
-        place = {"system": platform.platform(), "device": str(mx.device_info().get("device_name"))}
+        # Not `platform.platform`, which runs a program.
+        system = f"{platform.system()} {platform.release()} {platform.machine()}"
+        place = {"system": system, "device": str(mx.device_info().get("device_name"))}
         self._add({"event": "begun", "iteration": iteration, **how, **versions, **place})
 
     def _add(self, event: Event) -> None:

@@ -93,9 +93,8 @@ class Report:
         steps = np.insert(steps, 0, np.arange(1, len(steps) + 1), axis=1)
         validations, reports, tests = (figures.rows(events, kind) for kind in ("validation", "train", "test"))
         peak = max([held, peak, *(int(1e9 * row.get("peak_memory", 0)) for row in reports)])
-        layers = figures.moved(
-            self._layers, np.array(run.trainable.everything), np.array(run.trainable.among_all(values))
-        )
+        before, after = run.trainable.everything, run.trainable.among_all(values)
+        layers = figures.moved(self._layers, np.array(before, np.float64), np.array(after, np.float64))
         return self._template.render(
             config=config,
             model=Path(config.model).resolve().name,
