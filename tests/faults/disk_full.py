@@ -119,7 +119,8 @@ def main() -> int:
                         except (OSError, RuntimeError) as e:
                             problem = f"raised: {e!r}"
                     problem = problem or what_is_wrong(out, whole)
-                    zo_mlx.train(resume=adapter.has_run(out), **settings)
+                    if not out.exists() or contents(out) != whole:
+                        zo_mlx.train(resume=adapter.has_run(out), **settings)
                     if contents(out) != whole:
                         problem = "the resumed run is another"
                     counts["wrong" if problem else "clear errors, resumed to the same files"] += 1
