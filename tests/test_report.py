@@ -23,6 +23,7 @@ from zo_mlx.config import TrainConfig
 from zo_mlx.errors import Interrupted
 from zo_mlx.index import read_index
 from zo_mlx.journal import Journal, Record
+from zo_mlx.ranks import Ranks
 from zo_mlx.report import command
 from zo_mlx.run import Run
 
@@ -309,7 +310,7 @@ def test_words_from_data_and_files_are_words(evil_page: Path, tiny: Path, choice
 
 def test_the_page_of_a_long_run_is_small(spread: Path, choice_data: Path, tmp_path: Path) -> None:
     config = TrainConfig(model=str(spread), data=str(choice_data), adapter_path=str(tmp_path), iters=10_000)
-    run = Run(config, lambda event: None, progress=False)
+    run = Run(config, lambda event: None, progress=False, ranks=Ranks())
     run.start({})
     rng = np.random.default_rng(0)
     for step in range(0, 10_001, 100):

@@ -103,7 +103,7 @@ def test_models_that_mix_the_rows_of_a_batch_are_computed_branch_by_branch(tiny:
     examples = load_dataset(choice_data / "train.jsonl", tokenizer, 100).examples[:8]
     shares = [examples[p::4] for p in range(4)]
     values = index.initial_values() + 0.1 * mx.random.normal((4, index.size), key=mx.random.key(0))
-    sparse.check_branches()
+    sparse.check_branches(index.initial_values())
     assert sparse.stackable
     expected = make_loss(sparse, split_head(sparse.model))(values, shares)
     attention = type(sparse.model.layers[0].self_attn)
@@ -113,7 +113,7 @@ def test_models_that_mix_the_rows_of_a_batch_are_computed_branch_by_branch(tiny:
             return super().__call__(x[::-1], *args)[::-1]
 
     sparse.model.layers[0].self_attn.__class__ = Mixing
-    sparse.check_branches()
+    sparse.check_branches(index.initial_values())
     assert not sparse.stackable
     assert mx.allclose(make_loss(sparse, split_head(sparse.model))(values, shares), expected, atol=1e-4)
 
@@ -152,7 +152,7 @@ def test_models_that_look_into_their_layers_are_refused(tiny: Path) -> None:
 
     sparse.model.__class__ = Looking
     with pytest.raises(UsageError, match="cannot be trained: AttributeError"):
-        sparse.check_branches()
+        sparse.check_branches(mx.zeros(sparse.size))
 
     class Failing(Looking):
         def __call__(self, tokens: mx.array) -> mx.array:
@@ -160,5 +160,5 @@ def test_models_that_look_into_their_layers_are_refused(tiny: Path) -> None:
 
     sparse.model.__class__ = Failing
     with pytest.raises(UsageError, match="cannot be trained: TypeError") as e:
-        sparse.check_branches()
+        sparse.check_branches(mx.zeros(sparse.size))
     assert "\n" not in str(e.value)

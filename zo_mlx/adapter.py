@@ -72,7 +72,7 @@ def remove_lora(directory: Path) -> None:
 
 def size_bytes(directory: Path) -> int:
     """What it takes to keep or share the result: values and journal."""
-    return sum((directory / name).stat().st_size for name in (JOURNAL, VALUES))
+    return sum((directory / name).stat().st_size for name in (JOURNAL, VALUES) if (directory / name).exists())
 
 
 def write_snapshot(directory: Path, snapshot: Snapshot, state: dict[str, Any]) -> None:

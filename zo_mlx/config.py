@@ -135,6 +135,14 @@ class TrainConfig:
     mask_prompt: bool = _setting(False, "Leave the prompt out of the loss.")
     test: bool = _setting(False, "Evaluate on the test set after training.")
     test_batches: int = _setting(-1, "Test batches, -1 for the whole test set.", least=-1)
+    split: str = _setting(
+        "auto",
+        "Several machines (mlx.launch): data: each takes some rows of the batch; directions: some branches; auto: "
+        "rows, more of them the faster it is, or branches where a batch has fewer rows than there are machines; model: "
+        "each takes a part of every layer, for models too large for one.",
+        choices=("auto", "data", "directions", "model"),
+    )
+    rank_timeout: float = _setting(300.0, "Seconds to wait for the other machines before giving up.", least=1e-3)
     report_to: str | None = _setting(None, "Services that follow the run: wandb, swanlab or trackio, or several: a,b.")
     project_name: str | None = _setting(None, "The run's project there.")
 
@@ -184,8 +192,12 @@ class TrainConfig:
         if self.gradient == "exact":
             if self.objective != CROSS_ENTROPY:
                 raise UsageError(f"objective {self.objective} has no gradient: leave out --gradient exact")
+            if self.split in ("directions", "model"):
+                raise UsageError(f"--split {self.split} is for random directions: leave out --gradient exact")
             if self.optimizer == "sgd" and not own_rate:
                 raise UsageError("sgd with exact gradients has no automatic learning rate: give --learning-rate")
+        if self.split == "model" and self.memory_limit is not None:
+            raise UsageError("--memory-limit does not go with --split model: give --tokens-at-once")
         if self.num_layers == 0:
             raise UsageError("num_layers must be at least 1, or -1 for all, not 0")
         if self.directions is not None and self.estimator == "two-sided":
@@ -270,5 +282,5 @@ def resolved(config: TrainConfig) -> TrainConfig:
 # Settings that a resumed run may change: they do not alter the sequence of updates already made.
 CHANGEABLE = {
     "model", "data", "adapter_path", "iters", "val_batches", "steps_per_report", "steps_per_eval", "patience",
-    "save_every", "test", "test_batches", "report_to", "project_name",
+    "save_every", "test", "test_batches", "split", "rank_timeout", "report_to", "project_name",
 }  # fmt: skip

@@ -1,23 +1,26 @@
 """Measure a model on a data file: accuracy and macro-F1 over choices, or perplexity."""
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .answers import Judge, longest_completion
 from .config import check_range
-from .data import Dataset, tokenized
+from .data import Dataset, Example, tokenized
 from .errors import UsageError
 from .head import Head, split_head
 from .metric import CROSS_ENTROPY, Metric
-from .objective import collate, example_losses, scores
+from .objective import collate, denominator, example_losses, scores
 from .progress import Progress
+from .ranks import Ranks
 from .records import FEATURES, read_file, read_splits
 
 
@@ -126,41 +129,67 @@ def evaluate_dataset(
     count: int = -1,
     progress: bool = True,
     judge: Judge | None = None,
+    ranks: Ranks | None = None,
+    together: bool = False,
 ) -> Evaluation:
-    """As `evaluate`, for a model split at its head and the first `count` examples of tokenized data, -1 for all."""
+    """As `evaluate`, for a model split at its head and the first `count` examples of tokenized data, -1 for all.
+
+    Args:
+        ranks: each of them evaluates its part of the examples, and all have the result.
+        together: each of them has a part of the model instead, and all evaluate all examples.
+    """
     examples = dataset.examples if count < 0 else dataset.examples[:count]
     # Batches of equal lengths have the least padding.
     examples = sorted(examples, key=lambda e: e.length)
-    batches = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
-    total, counted = 0.0, 0
-    predicted, right, judged = [], [], 0.0
-    with Progress("Evaluating", len(batches), "batch", enabled=progress) as bar:
-        for part in batches:
-            batch = collate([part], head.continues)
-            scored = scores(head, batch)[0]
-            if batch.labels is None:
-                total -= float(scored.sum())
-                counted += sum(len(e.targets[0]) for e in part)
-            else:
-                total += float(example_losses(scored, batch.labels[0]).sum())
-                counted += len(part)
-                winners: list[int] = scored.argmax(axis=-1).tolist()  # type: ignore[assignment]
-                predicted += [e.choices[w] for e, w in zip(part, winners, strict=True)]
-                right += [e.choices[e.label] for e in part if e.label is not None]
-            if judge and judge.generates:
-                judged += float(judge.text_scores(head, [part]).sum())
-            elif judge:
-                judged += float(judge.choice_scores(scored[None], [part]).sum())
-            mx.clear_cache()
-            bar.advance()
-    loss, score = total / counted, judged / len(examples) if judge else None
+    if ranks is None or together:
+        guard = ranks.waiting if ranks else contextlib.nullcontext
+        found = _measured(head, examples, batch_size, progress, judge, guard)
+    else:
+        found, own = np.zeros((len(examples), 3), np.float32), slice(ranks.rank, None, ranks.count)
+        found[own] = _measured(head, examples[own], batch_size, progress, judge)
+        found = ranks.gather(found).sum(axis=0)
+    losses, winners, judged = found.T
+    loss = float(losses.sum(dtype=float)) / denominator([examples], dataset.kind != "tokens")
+    score = float(judged.mean(dtype=float)) if judge else None
     if dataset.kind == "tokens":
         cut = sum(e.truncated for e in examples)
         return Evaluation(len(examples), loss, perplexity=math.exp(min(loss, 700)), truncated=cut, score=score)
+    predicted = [e.choices[int(w)] for e, w in zip(examples, winners, strict=True)]
+    right = [e.choices[e.label] for e in examples if e.label is not None]
     correct = sum(p == r for p, r in zip(predicted, right, strict=True))
     low, high = wilson_interval(correct, len(examples))
     f1 = macro_f1(predicted, right)
     return Evaluation(len(examples), loss, correct / len(examples), low, high, f1, score=score)
+
+
+def _measured(
+    head: Head,
+    examples: Sequence[Example],
+    batch_size: int,
+    progress: bool,
+    judge: Judge | None,
+    guard: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+) -> np.ndarray:
+    """Of each example the sum of its losses in nats, the number of the choice that wins, and its score: (n, 3)."""
+    batches = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
+    found = [np.zeros((0, 3), np.float32)]
+    with Progress("Evaluating", len(batches), "batch", enabled=progress) as bar:
+        for part in batches:
+            with guard():
+                batch = collate([part], head.continues)
+                scored = scores(head, batch)[0]
+                losses, winners = -scored.sum(axis=-1), mx.zeros(len(part))
+                if batch.labels is not None:
+                    losses, winners = example_losses(scored, batch.labels[0]), scored.argmax(axis=-1)
+                judged = mx.zeros(len(part))
+                if judge and judge.generates:
+                    judged = judge.text_scores(head, [part])[0]
+                elif judge:
+                    judged = judge.choice_scores(scored[None], [part])[0]
+                found.append(np.array(mx.stack([losses, winners, judged], axis=-1)))
+            mx.clear_cache()
+            bar.advance()
+    return np.concatenate(found)
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:

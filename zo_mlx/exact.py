@@ -17,7 +17,7 @@ from .blocks import BlockwiseModel
 from .data import Example
 from .files import load_safetensors, reporting_disk_errors
 from .head import Head
-from .objective import Batch, collate, layout, states_gradient, target_states
+from .objective import Batch, collate, denominator, layout, states_gradient, target_states
 from .prefix import Prefix
 from .sparse import SparseModel
 
@@ -54,16 +54,19 @@ class ExactGradient:
         self._first = sparse.first_block
         self.blocks_trained = len(sparse.model.layers) - self._first
 
-    def __call__(self, values: mx.array, examples: Sequence[Example]) -> tuple[float, mx.array]:
+    def __call__(
+        self, values: mx.array, examples: Sequence[Example], count: float | None = None
+    ) -> tuple[float, mx.array]:
         """The mean loss of some examples, in nats as `objective.branch_losses`, and its gradient.
 
         Args:
             values: (K,) float32.
+            count: what the sum of their losses is divided by, if not by as many as they are.
 
         Returns:
             The loss, and (K,) float32.
         """
-        count = len(examples) if examples[0].label is not None else sum(len(e.targets[0]) for e in examples)
+        count = count or denominator([examples], False)
         at_once = len(examples)
         if self._tokens_at_once is not None:
             at_once = max(1, min(at_once, int(at_once * self._tokens_at_once / layout([examples], False)[0])))
@@ -81,7 +84,7 @@ class ExactGradient:
         self._sparse.set_values(None)
         return loss, gradient
 
-    def _at_once(self, values: mx.array, batch: Batch, count: int) -> tuple[float, mx.array]:
+    def _at_once(self, values: mx.array, batch: Batch, count: float) -> tuple[float, mx.array]:
         def states_of(values: mx.array) -> mx.array:
             self._sparse.set_values(values[None])
             return target_states(self._head, batch)
@@ -91,7 +94,7 @@ class ExactGradient:
         return loss.item(), gradient  # type: ignore[return-value]
 
     def _by_block(
-        self, blocks: BlockwiseModel, values: mx.array, examples: Sequence[Example], batch: Batch, count: int
+        self, blocks: BlockwiseModel, values: mx.array, examples: Sequence[Example], batch: Batch, count: float
     ) -> tuple[float, mx.array]:
         tokens = batch.tokens
 

@@ -81,6 +81,11 @@ class Journal:
         return self._count
 
     @property
+    def size_bytes(self) -> int:
+        """Of the header and the records."""
+        return self._start + self._count * self._layout.size
+
+    @property
     def spans(self) -> list[tuple[int, int]]:
         """Where the trained weights are among those of the index."""
         return [(start, end) for start, end in self.header["trained"]]
@@ -199,7 +204,7 @@ class Journal:
             if self.damage:
                 sync(shutil.copyfile(self.path, self.path.with_name(f"{FILE_NAME}.damaged-at-{self._count + 1}")))
             self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND)
-            os.ftruncate(self._fd, self._start + self._count * self._layout.size)
+            os.ftruncate(self._fd, self.size_bytes)
         return self
 
     def __enter__(self) -> "Journal":

@@ -15,6 +15,7 @@ from .files import count_tensors, read_json, sha256
 from .index import FILE_NAME as INDEX
 from .index import SensitiveIndex, read_index
 from .product import prepare
+from .shards import shard
 from .sparse import SparseModel
 
 
@@ -125,8 +126,13 @@ _NAMES = {
 }
 
 
-def load_sparse(directory: Path) -> tuple[SparseModel, TokenizerWrapper, SensitiveIndex, dict[str, Any]]:
+def load_sparse(
+    directory: Path, spread: bool = False
+) -> tuple[SparseModel, TokenizerWrapper, SensitiveIndex, dict[str, Any]]:
     """Load a base model with its sensitive weights attached, ready for the default device.
+
+    Args:
+        spread: load this rank's part of it only; all ranks compute together.
 
     Returns:
         The sparse model (no values set: it computes as the base model), tokenizer, index, and the model's config.
@@ -134,10 +140,11 @@ def load_sparse(directory: Path) -> tuple[SparseModel, TokenizerWrapper, Sensiti
     Raises:
         UsageError: as `load_stock_model` and `checked_index`.
     """
-    model, config = load_stock_model(directory)
+    model, config = load_stock_model(directory, lazy=spread)
     index = checked_index(directory)
     tokenizer = load_tokenizer_of(directory, config)
-    return SparseModel(prepare(model), index), tokenizer, index, config
+    sparse = shard(model, load_stock_model(directory, True)[0], index) if spread else SparseModel(prepare(model), index)
+    return sparse, tokenizer, index, config
 
 
 def context_length(config: dict[str, Any]) -> int:

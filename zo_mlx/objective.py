@@ -247,6 +247,16 @@ def _rows_at_once(head: Head, states: mx.array) -> int:
     return max(1, LOGIT_BYTES // (4 * head.logits(states[:1]).shape[-1]))
 
 
+def denominator(shares: Sequence[Sequence[Example]], is_scored: bool) -> float:
+    """What a branch's sum is divided by: its examples if they have choices or a score, else its target tokens.
+
+    These are the mean over branches.
+    """
+    if is_scored or shares[0][0].label is not None:
+        return len(shares[0])
+    return sum(len(e.targets[0]) for share in shares for e in share) / len(shares)
+
+
 def branch_losses(scored: mx.array, batch: Batch, count: float) -> mx.array:
     """The objective of every branch: (P,) float32, in nats.
 

@@ -24,6 +24,7 @@ from .errors import ZoError
 from .events import Event, EventLog
 from .files import write_atomically
 from .journal import Journal
+from .model import load_stock_model
 from .product import weight_shape
 from .samples import Sample, samples
 from .setup import Setup
@@ -49,8 +50,10 @@ class Report:
         self._template = _template()  # read when the run begins: a later version may lie there when it ends
         named = {"validation": run.valid_set, "test": run.test_set, "training": run.train_set}
         self.shown = next((name, found) for name, found in named.items() if found is not None)
-        modules = dict(run.sparse.model.named_modules())
-        weights = {path: math.prod(weight_shape(modules[path].base)) for path in run.sizes}
+        # Of a model that is spread, each rank has a part.
+        whole = load_stock_model(Path(run.config.model), lazy=True)[0] if run.split.together else run.sparse.model
+        modules = dict(whole.named_modules())
+        weights = {path: math.prod(weight_shape(modules[path].get("base", modules[path]))) for path in run.sizes}
         self._layers = figures.layers(run.sizes, weights, run.depth.spans)
         # What sparse layers add is not among a model's parameters.
         self._model_bytes = tree_reduce(lambda n, array: n + array.nbytes, run.sparse.model.parameters(), 0)

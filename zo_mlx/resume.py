@@ -1,15 +1,23 @@
 """Go on with a run: its settings, what it must find unchanged, and its state after the last step."""
 
+import contextlib
+import os
+from collections.abc import Iterable
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from . import adapter
+from .adapter import Best
 from .config import CHANGEABLE, TrainConfig
 from .errors import UsageError
-from .files import check_space, reporting_disk_errors
-from .journal import DATA, Journal, data_id, record_size
+from .files import check_space, locked, reporting_disk_errors, write_atomically
+from .journal import DATA, FILE_NAME, Journal, data_id, record_size
 from .metric import is_function
 from .model import check_fingerprints
+from .ranks import Ranks
 from .records import is_hub_id
 from .run import Run
 from .step import replay
@@ -31,6 +39,53 @@ def resumed_config(recorded: dict[str, Any], given: dict[str, Any]) -> TrainConf
         listed = ", ".join(f"{k} was {recorded[k]}" for k in different)
         raise UsageError(f"a resumed run keeps its settings: {listed}")
     return config
+
+
+def share_journal(adapter_path: Path, ranks: Ranks) -> None:
+    """Give each rank the longest journal that one of them has, where its own is shorter or missing.
+
+    A machine may have been another rank, so that its journal is in that one's directory.
+
+    Raises:
+        UsageError: there are journals of several runs.
+    """
+    path = ranks.directory(adapter_path) / FILE_NAME
+    longest = _longest(path, [adapter_path / FILE_NAME, *adapter_path.glob(f"rank-*/{FILE_NAME}")])
+    own = [len(longest), int(longest.identity, 16), longest.size_bytes] if longest else [-1, 0, 0]
+    counts, identities, sizes = ranks.gather(np.array(own)).T
+    source = int(counts.argmax())
+    for rank in np.flatnonzero(counts >= 0):
+        if identities[rank] != identities[source]:
+            raise UsageError(f"{adapter_path}: rank {rank} has the journal of another run than rank {source}")
+    has_it = longest is not None and longest.path == path and len(longest) == counts[source]
+    if counts[source] < 0 or ranks.gather(np.array(has_it)).all():
+        return
+    pieces = ranks.hear(source, longest.path if longest and ranks.rank == source else None, int(sizes[source]))
+    if has_it:
+        _write(Path(os.devnull), pieces)  # all take part in it
+        return
+    with reporting_disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.parent):
+        write_atomically(path, lambda beside: _write(beside, pieces))
+
+
+def _longest(own: Path, paths: Iterable[Path]) -> Journal | None:
+    """The one with most records among those of the same run; damaged ones are left alone."""
+    found = []
+    for path in {own, *paths}:
+        with contextlib.suppress(UsageError):
+            found.append(Journal.read(path, cut=True))
+    mine = [journal.identity for journal in found if journal.path == own]
+    same = [journal for journal in found if journal.identity in mine or not mine]
+    if len({journal.identity for journal in same}) > 1:
+        raise UsageError(f"there are journals of several runs: {', '.join(sorted(str(j.path) for j in same))}")
+    return max(same, key=lambda journal: (len(journal), journal.path == own), default=None)
+
+
+def _write(path: Path, pieces: Iterable[bytes]) -> None:
+    with path.open("wb") as file:
+        file.writelines(pieces)
 
 
 def resume(run: Run, past: Journal, changed_data: bool, given: dict[str, Any]) -> None:
@@ -56,7 +111,9 @@ def resume(run: Run, past: Journal, changed_data: bool, given: dict[str, Any]) -
     if last := past.last():
         run.config.tokens_at_once = last.tokens_at_once or None
     best = adapter.read_best(run.directory, past.identity)
-    run.best = best if best and best.iteration <= len(past) else None
+    found = [best.iteration, best.loss] if best and best.iteration <= len(past) else [-1, 0.0]
+    iteration, loss = run.ranks.gather(np.array(found))[0].tolist()  # the first rank's: the others keep none
+    run.best = Best(int(iteration), loss) if iteration >= 0 else None
     every = run.config.steps_per_eval
     lost = range(0, len(past), every) if run.validates and run.best is None else ()
     if not lost:

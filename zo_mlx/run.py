@@ -22,6 +22,7 @@ from .lora import write_loras
 from .memory import OVERRUN, is_shortage
 from .optimizer import Optimizer, State
 from .progress import Meter, Progress
+from .ranks import Ranks
 from .report import Report as Page
 from .result import TrainResult
 from .setup import Report, Setup
@@ -31,9 +32,9 @@ from .step import exact_step, make_loss, rows_of_step, step, tokens_of
 class Run(Setup):
     """A run in progress: its state after `done` steps."""
 
-    def __init__(self, config: TrainConfig, report: Report, progress: bool):
-        super().__init__(config, report)
-        self.progress, self.directory = progress, Path(config.adapter_path)
+    def __init__(self, config: TrainConfig, report: Report, progress: bool, ranks: Ranks):
+        super().__init__(config, report if ranks.is_first else lambda event: None, ranks)
+        self.progress, self.directory = progress and ranks.is_first, ranks.directory(Path(config.adapter_path))
         self.values = self.trainable.initial
         self.optimizer = Optimizer(self.config, self.values)
         self.state = self.optimizer.state
@@ -53,6 +54,8 @@ class Run(Setup):
     def follow(self, own: journal.Journal, **how: Any) -> None:
         """Go on after a journal's last step. What happens from here on is kept for the report, and how it began."""
         self.journal = own
+        if not self.ranks.is_first:
+            return
         self.report = log = EventLog(self.directory, own.identity, len(own), self.report)
         log.begin(len(own), **how)
         self.page = Page(self, self.directory, own, log)
@@ -68,10 +71,15 @@ class Run(Setup):
 
         def take(examples: list[Any], number: int) -> tuple[mx.array, State, journal.Record]:
             if prefix:
-                prefix.prepare(self.batches.of(number, steps))
+                near = self.batches.of(number, steps)
+                each = (near[i : i + self.batch_size] for i in range(0, len(near), self.batch_size))
+                prefix.prepare([e for batch in each for e in self.split.examples(batch)])
+            values, state, at_once = self.values, self.state, config.tokens_at_once
             if config.gradient == "exact":
-                return exact_step(gradient, self.optimizer, self.values, self.state, examples, number)
-            return step(loss, self.optimizer, self.values, self.state, examples, number, config, self.trainable.scale)
+                own = self.split.gradient(gradient, at_once, number)
+                return exact_step(own, self.optimizer, values, state, examples, number)
+            own_loss = self.split.loss(loss, at_once, number)
+            return step(own_loss, self.optimizer, values, state, examples, number, config, self.trainable.scale)
 
         return take
 
@@ -88,13 +96,18 @@ class Run(Setup):
         before = self.config.tokens_at_once or rows_of_step(self.config) * row
         if before <= row:
             return False
-        self.config.tokens_at_once, self.config.keep_blocks = max(row, before // 2), 0
+        self.let_through(max(row, before // 2))
         if not self.is_smaller:
             self.warn(f"{why}: going on with {self.config.tokens_at_once} tokens at once, and fewer if need be")
         self.is_smaller = True
-        self.take = self.step_function()
-        mx.clear_cache()
         return True
+
+    def let_through(self, tokens: int) -> None:
+        """Take steps with so many tokens at once from now on."""
+        if tokens != self.config.tokens_at_once:
+            self.config.tokens_at_once, self.config.keep_blocks = tokens, 0
+            self.take = self.step_function()
+            mx.clear_cache()
 
     def advance(self, number: int) -> tuple[journal.Record, list[Any]]:
         """Take a step and write it to the journal, from when on it counts. Returns its record and its examples."""
@@ -112,6 +125,8 @@ class Run(Setup):
                 f"the loss is not finite at step {number}: stopped; the state after step {self.done} "
                 f"is kept in {self.directory}. Try a smaller --learning-rate"
             )
+        if self.split.tokens_at_once:  # another rank may have had to make its passes smaller
+            self.let_through(self.split.tokens_at_once)
         record = replace(record, tokens_at_once=self.config.tokens_at_once or 0, data=self.data_id)
         self.journal.append(record)
         news = self.optimizer.news(self.state, state)
@@ -132,7 +147,8 @@ class Run(Setup):
         count = -1 if batches == -1 else batches * self.batch_size
         while True:
             try:
-                return evaluate_dataset(self.head, dataset, self.at_once(dataset), count, self.progress, self.judge)
+                how = self.progress, self.judge, self.ranks, self.split.together
+                return evaluate_dataset(self.head, dataset, self.at_once(dataset), count, *how)
             except (RuntimeError, MemoryError) as e:
                 if not (is_shortage(e) and self.make_smaller(dataset.examples, f"an evaluation fails: {e}")):
                     raise
@@ -149,7 +165,10 @@ class Run(Setup):
         assert self.valid_set is not None
         try:
             result = self.evaluate(self.valid_set, self.config.val_batches)
-        except (ZoError, RuntimeError, MemoryError) as e:  # a look at the run must not be the end of it
+        except (ZoError, RuntimeError, MemoryError) as e:
+            if self.ranks.count > 1:  # the others wait for this one's part
+                raise
+            # A look at the run must not be the end of it.
             self.warn(f"the validation after step {self.done} failed: {e}")
             return None
         if not math.isfinite(result.objective):
@@ -161,7 +180,8 @@ class Run(Setup):
             is_best = result.objective < (self.best.loss if self.best else math.inf)
         if is_best:
             self.best = Best(self.done, result.objective)
-            adapter.write_best(self.directory, self.snapshot(result.objective))
+            if self.ranks.is_first:
+                adapter.write_best(self.directory, self.snapshot(result.objective))
         self.report({"event": "validation", "iteration": self.done, "best": is_best, **result.as_dict()})
         return result
 
@@ -175,14 +195,18 @@ class Run(Setup):
         return adapter.Snapshot(self.done, self.journal.identity, self.model_prints, values, validation_loss)
 
     def save(self) -> None:
-        adapter.write_snapshot(self.directory, self.snapshot(), self.state)
-        self.write_report()
+        if self.ranks.is_first:
+            adapter.write_snapshot(self.directory, self.snapshot(), self.state)
+            self.write_report()
 
     def write_report(self) -> None:
         self.page.write(self.values, self.best.iteration if self.best else None, self.weights, self.peak)
 
     def export(self) -> None:
         """Write what stock mlx-lm loads, of the last and the best values; a run does not fail because that does."""
+        if self.split.together:
+            self.warn("no adapter for stock mlx-lm is written of a model spread over ranks; zo-mlx export makes it")
+            return
         directories = [self.directory, *([self.directory / adapter.BEST] if self.best else [])]
         try:
             for found in write_loras(directories, self.sparse.model, Path(self.config.model), self.tokenizer):
@@ -237,9 +261,11 @@ class Run(Setup):
         test = self.evaluate(self.test_set, config.test_batches) if self.test_set and config.test_batches else None
         if test:
             self.report({"event": "test", "iteration": self.done, **test.as_dict()})
-        self.export()
-        self.page.show_samples(self.values, self.at_once(self.page.shown[1]))
-        self.write_report()
+        if self.ranks.is_first:
+            self.export()
+            if not self.split.together:  # which would take all ranks
+                self.page.show_samples(self.values, self.at_once(self.page.shown[1]))
+            self.write_report()
         return TrainResult(
             str(self.directory), self.done, self.sparse.size, meter.last_loss, before, after, test, self.best,
             meter.seconds, self.weights, self.peak, adapter.size_bytes(self.directory),

@@ -8,6 +8,7 @@ from typing import Any
 from . import adapter
 from .config import TrainConfig, check_range
 from .errors import UsageError
+from .ranks import Ranks
 from .result import TrainResult
 from .run import Report
 from .train import train
@@ -45,6 +46,8 @@ def train_seeds(seeds: int, *, resume: bool = False, report: Report | None = Non
     check_range("--seeds", seeds, 2)
     if settings.get("report_to"):
         raise UsageError("--report-to follows a single run: leave out --seeds")
+    if Ranks().count > 1:
+        raise UsageError("several seeds are for one machine: leave out --seeds, or mlx.launch")
     directory = Path(settings.get("adapter_path", TrainConfig.adapter_path))
     first = settings.get("seed", TrainConfig.seed)
     runs = []

@@ -1,8 +1,13 @@
 """What a run is made of, before its first step."""
 
+import importlib.metadata
+import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from . import journal
 from .answers import Judge, longest_completion
@@ -19,7 +24,9 @@ from .metric import CROSS_ENTROPY, Metric
 from .model import context_length, fingerprints, load_sparse
 from .objective import layout
 from .prefix import Prefix
+from .ranks import Ranks
 from .records import FEATURES, SPLITS, Records, place, read_splits
+from .split import Split
 from .trainable import Trainable
 
 Report = Callable[[dict[str, Any]], None]
@@ -30,6 +37,7 @@ class Setup:
 
     Attributes:
         config: resolved, with all that was settled filled in.
+        ranks, split: the processes that train together, and who does what of a step.
         judge: of the model's answers, if these are the objective.
         sizes: of the index, by layer.
         fingerprints: of all that a run with the same journal must find unchanged; `data_id` stands for the data's.
@@ -37,10 +45,12 @@ class Setup:
         trainable: which weights, and what they are before.
     """
 
-    def __init__(self, config: TrainConfig, report: Report):
-        self.config, self.report = config, report
+    def __init__(self, config: TrainConfig, report: Report, ranks: Ranks):
+        self.config, self.report, self.ranks = config, report, ranks
         model, data = Path(config.model), Path(config.data)
-        self.sparse, self.tokenizer, index, model_config = load_sparse(model)
+        self.sparse, self.tokenizer, index, model_config = load_sparse(
+            model, spread=ranks.count > 1 and config.split == "model"
+        )
         self.sizes = {path: tensor.size for path, tensor in index.tensors.items()}
         self.metric = None if config.objective == CROSS_ENTROPY else Metric(config.objective)
         self.longest = min(config.max_seq_length, context_length(model_config))
@@ -53,6 +63,7 @@ class Setup:
         self.test_set = self.tokenized(splits["test"]) if config.test else None
         self.config = config = resolved(config)
         self.batch_size = filled(config.batch_size)
+        self.split = Split(ranks, config)
         if len(self.train_set) < self.batch_size:
             count, wanted = len(self.train_set), self.batch_size
             raise UsageError(f"{place(splits['train'][0])}: {count} examples are fewer than --batch-size {wanted}")
@@ -69,7 +80,7 @@ class Setup:
         self.head = split_head(self.sparse.model, continuing or bool(self.judge and self.judge.generates))
         if self.judge:
             self.judge.check(self.head)
-        self.sparse.check_branches()
+        self.sparse.check_branches(index.initial_values())
         self.model_prints = fingerprints(model, index)
         self.fingerprints = {
             **self.model_prints,
@@ -80,15 +91,26 @@ class Setup:
         if self.metric and self.metric.path:
             self.fingerprints["objective"] = sha256(self.metric.path)
         self.data_id = journal.data_id(self.fingerprints)
+        self._compare_ranks()
         self.batches = Batches(self.train_set.examples, self.batch_size, config.seed)
         everything = index.initial_values()
         self.depth = choose_depth(config, self.sparse, self.head, self.judge, self.train_set, everything, self.warn)
         self.trainable = Trainable(index, self.depth.spans, config.precondition)
         if config.memory_limit is not None and config.tokens_at_once is None:
             self.fit(int(config.memory_limit * 1e9))
+            self._agree()
 
     def warn(self, message: str) -> None:
         self.report({"event": "warning", "message": message})
+
+    def _compare_ranks(self) -> None:
+        """Raise UsageError if a rank has other settings, data or model than the first one."""
+        versions = {"journal version": journal.VERSION, "MLX's version": importlib.metadata.version("mlx")}
+        texts = self.ranks.gather_texts(json.dumps({**versions, **asdict(self.config), **self.fingerprints}))
+        first, *others = map(json.loads, texts)
+        for rank, other in enumerate(others, 1):
+            if different := sorted(name for name in first if first[name] != other.get(name)):
+                raise UsageError(f"rank {rank} differs from rank 0: {', '.join(different)}")
 
     def tokenized(self, records: Records) -> Dataset:
         dataset = tokenized(records, self.tokenizer, self.longest, self.config.mask_prompt, self.metric is not None)
@@ -116,6 +138,13 @@ class Setup:
         config.tokens_at_once = fit
         if least > limit:
             self.warn(f"--memory-limit: the longest example alone takes {least / 1e9:.3f} GB")
+
+    def _agree(self) -> None:
+        """Take what fits all ranks."""
+        config = self.config
+        own = np.array([config.tokens_at_once, config.keep_blocks or 0, not config.spill])
+        config.tokens_at_once, config.keep_blocks, does_not_spill = self.ranks.gather(own).min(axis=0).tolist()
+        config.spill = not does_not_spill
 
     def exact_gradient(self, prefix: Prefix | None) -> ExactGradient:
         config, blocks = self.config, self.depth.blocks

@@ -33,9 +33,10 @@ class SparseLinear(nn.Module):
     Args:
         base: `nn.Linear` or `nn.QuantizedLinear` with an effective weight of (out, in).
         indices: (n,) uint32, flat row-major positions of the trainable weights in (out, in).
+        own: (n,) which of the values that are set these are, if others are not in this layer.
     """
 
-    def __init__(self, base: nn.Module, indices: np.ndarray):
+    def __init__(self, base: nn.Module, indices: np.ndarray, own: np.ndarray | None = None):
         super().__init__()
         self.base = base
         weight = dequantized(base)
@@ -45,6 +46,7 @@ class SparseLinear(nn.Module):
         self._columns = mx.array(self._used.astype(np.uint32))
         self._base_values = weight.reshape(-1)[mx.array(indices)]
         self._slots: dict[tuple[int, int], tuple[slice, mx.array]] = {}
+        self._own = None if own is None else mx.array(own.astype(np.uint32))
         self._values: mx.array | Callable[[], mx.array] | None = None
         self._difference: mx.array | None = None
         mx.eval(self._columns, self._base_values)
@@ -59,7 +61,11 @@ class SparseLinear(nn.Module):
                 after the layer.
         """
         self._values = values
-        self._difference = self._make_difference(values, slice(0, self._out)) if keep else None  # type: ignore[arg-type]
+        self._difference = self._make_difference(self._own_values(), slice(0, self._out)) if keep else None
+
+    def _own_values(self) -> mx.array:
+        values: mx.array = self._values() if callable(self._values) else self._values  # type: ignore[assignment]
+        return values if self._own is None else values[:, self._own]
 
     def difference(self, values: mx.array) -> tuple[np.ndarray, mx.array]:
         """What values (n,) add to the base weights: columns (1, |U|), and D transposed (1, |U|, out)."""
@@ -89,9 +95,9 @@ class SparseLinear(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """x: (P * B, ..., in) -> (P * B, ..., out); the rows of a branch are consecutive."""
-        if self._values is None:
+        if self._values is None or not self._indices.size:
             return self.base(x)
-        values = self._values() if callable(self._values) else self._values
+        values = self._own_values()
         count = len(values)
         # Four to eighteen times as fast on the CPU as x[..., columns].
         columns = mx.broadcast_to(self._columns, (*x.shape[:-1], self._columns.size))
@@ -114,6 +120,8 @@ class SparseModel:
     Args:
         model: an mlx-lm model; its layers named in `index` are replaced by `SparseLinear`.
         index: the model's sensitive index.
+        own: of a model that is spread over ranks: for each tensor of the index, which of the whole one's weights it
+            has, and how many these are.
 
     Attributes:
         stackable: whether P > 1 branches can be set; else they are to be computed one by one. True until shown
@@ -123,7 +131,7 @@ class SparseModel:
         UsageError: the index names layers or positions that the model does not have.
     """
 
-    def __init__(self, model: nn.Module, index: SensitiveIndex):
+    def __init__(self, model: nn.Module, index: SensitiveIndex, own: dict[str, tuple[np.ndarray, int]] | None = None):
         self.model = model
         self.stackable = True
         self._layers: list[SparseLinear | SparseSwitchLinear] = []
@@ -132,7 +140,7 @@ class SparseModel:
         wrong = [
             f"{path} ({problem})"
             for path, tensor in index.tensors.items()
-            if (problem := _mismatch(modules.get(path), int(tensor.indices[-1])))
+            if (problem := _mismatch(modules.get(path), int(tensor.indices.max(initial=0))))
         ]
         if wrong:
             raise UsageError(f"the sensitive index belongs to another model: {', '.join(wrong[:5])}")
@@ -144,9 +152,9 @@ class SparseModel:
                 layer = SparseSwitchLinear(module, tensor.indices)
                 self.stackable = False
             else:
-                layer = SparseLinear(module, tensor.indices)
+                layer = SparseLinear(module, tensor.indices, own[path][0] if own else None)
             model.update_modules(tree_unflatten([(path, layer)]))
-            end += tensor.size
+            end += own[path][1] if own else tensor.size
             self._layers.append(layer)
             self._ends.append(end)
 
@@ -227,14 +235,17 @@ class SparseModel:
             else:
                 layer.set_values(values[:, start:end], keep)
 
-    def check_branches(self) -> None:
+    def check_branches(self, values: mx.array) -> None:
         """Find out whether branches stacked in one pass are computed apart, by comparing with passes of their own.
 
-        Raises UsageError for a model that cannot be computed with sparse layers at all.
+        Args:
+            values: (K,) of one of them.
+
+        Raises:
+            UsageError: the model cannot be computed with sparse layers at all.
         """
         tokens = mx.array([[1, 3, 2], [2, 1, 3]])
-        base = mx.concatenate([layer._base_values for layer in self._layers])
-        branches = mx.stack([base, base + 4 * mx.abs(base).mean()])
+        branches = mx.stack([values, values + 4 * mx.abs(values).mean()])
         try:
             apart = []
             for values in branches:

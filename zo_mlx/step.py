@@ -1,7 +1,8 @@
 """One training step: a function of values, optimizer state, examples, step number and settings."""
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -10,13 +11,24 @@ from . import estimator
 from .answers import Judge
 from .config import TrainConfig, filled
 from .data import Example
-from .exact import ExactGradient
 from .head import Head
 from .journal import Record
-from .objective import branch_losses, collate, layout, scores
+from .objective import branch_losses, collate, denominator, layout, scores
 from .optimizer import Optimizer, State
 from .prefix import Prefix
 from .sparse import SparseModel
+
+# Values and examples, and what their losses are divided by, to the loss and its gradient: an `exact.ExactGradient`.
+Gradient = Callable[..., tuple[float, mx.array]]
+
+
+class BranchLosses(Protocol):
+    """An `estimator.Loss` of which other processes may take a part."""
+
+    def __call__(
+        self, branches: estimator.Branches, shares: Sequence[Sequence[Example]], count: float | None = None
+    ) -> mx.array:
+        """The losses, (P,): sums over the examples, divided by `count`, or by `objective.denominator`."""
 
 
 def make_loss(
@@ -25,7 +37,7 @@ def make_loss(
     prefix: Prefix | None = None,
     tokens_at_once: int | None = None,
     judge: Judge | None = None,
-) -> estimator.Loss:
+) -> BranchLosses:
     """The losses of the branches of a step.
 
     Args:
@@ -50,10 +62,8 @@ def make_loss(
             return -judge.choice_scores(scored, group).sum(axis=-1) / count
         return branch_losses(scored, batch, count)
 
-    def loss(branches: estimator.Branches, shares: Sequence[Sequence[Example]]) -> mx.array:
-        size = len(shares[0])
-        by_tokens = sum(len(e.targets[0]) for share in shares for e in share) / len(shares)
-        count = size if judge or shares[0][0].label is not None else by_tokens
+    def loss(branches: estimator.Branches, shares: Sequence[Sequence[Example]], count: float | None = None) -> mx.array:
+        size, count = len(shares[0]), count or denominator(shares, judge is not None)
         at_once, examples_at_once = (len(branches) if sparse.stackable else 1), size
         if tokens_at_once is not None:
             fit = tokens_at_once / tokens_of(shares, continues, judge)
@@ -120,7 +130,7 @@ def step(
 
 
 def exact_step(
-    gradient: ExactGradient,
+    gradient: Gradient,
     optimizer: Optimizer,
     values: mx.array,
     state: State,

@@ -11,9 +11,10 @@ from .config import TrainConfig
 from .errors import UsageError
 from .files import locked, reporting_disk_errors
 from .memory import bounded_cache, held_below
+from .ranks import Ranks
 from .result import TrainResult
 from .resume import resume as resume_run
-from .resume import resumed_config
+from .resume import resumed_config, share_journal
 from .run import Report, Run
 from .tracking import followed
 
@@ -28,6 +29,8 @@ def train(
     **settings: Any,
 ) -> TrainResult:
     """Fine-tune a converted model's sensitive weights.
+
+    Processes that `mlx.launch` has started train together: the first one reports and writes the result.
 
     Args:
         resume: go on with the run in `adapter_path`; its own settings hold, and those given must agree with them.
@@ -50,26 +53,28 @@ def train(
     given.check()
     if resume and overwrite:
         raise UsageError("--resume and --overwrite exclude each other")
-    directory = Path(given.adapter_path)
+    ranks = Ranks(given.rank_timeout)
+    directory = ranks.directory(Path(given.adapter_path))
     with contextlib.ExitStack() as held, bounded_cache():
         if resume:
+            share_journal(Path(given.adapter_path), ranks)
             if not adapter.has_run(directory):
                 raise UsageError(f"{directory} holds no training run to resume")
             held.enter_context(locked(directory))
             past = journal.Journal.read(directory / journal.FILE_NAME, cut=True)
-            run = Run(resumed_config(past.header["config"], settings), report or _print_warning, progress)
-            run.report = followed(run.report, run.config)
+            run = Run(resumed_config(past.header["config"], settings), report or _print_warning, progress, ranks)
+            run.report = followed(run.report, run.config) if ranks.is_first else run.report
             resume_run(run, past, changed_data, settings)
         else:
             if not overwrite:
                 _refuse_run(directory)
-            run = Run(given, report or _print_warning, progress)
+            run = Run(given, report or _print_warning, progress, ranks)
             with reporting_disk_errors(directory):
                 directory.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(directory))
             if not overwrite:
                 _refuse_run(directory)  # another process may have begun one while the model was loading
-            run.report = followed(run.report, run.config)
+            run.report = followed(run.report, run.config) if ranks.is_first else run.report
             run.start(settings)
         held.enter_context(run.journal.open())
         limit = run.config.memory_limit

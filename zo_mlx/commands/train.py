@@ -13,6 +13,7 @@ from ..config import TrainConfig, value_type
 from ..lora import Fit
 from ..lora_settings import CHECKED, NOT_HERE, read_yaml, understood
 from ..progress import print_line
+from ..ranks import Ranks
 from . import add_command
 
 
@@ -69,6 +70,8 @@ def _run(args: argparse.Namespace) -> None:
             print(f"{name.capitalize()} over {args.seeds} seeds: {spread}")
         return
     result = train(report=report, **how, **settings)
+    if not Ranks().is_first:
+        return
     if args.json:
         _print_json({"event": "result", **result.as_dict()})
     else:
