@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from zo_mlx.charts import Line, chart, layer_map, thinned, ticks, trend
+from zo_mlx.charts import chart, layer_map, line, step_lines, thinned, ticks, trend
 
 
 @pytest.mark.parametrize(
@@ -20,36 +20,39 @@ def test_steps_are_whole() -> None:
 
 def test_a_thinned_curve_keeps_its_peaks() -> None:
     rng = np.random.default_rng(0)
-    points = np.stack([np.arange(9999), rng.normal(size=9999)], axis=1)
-    points[4321, 1], points[7000, 1] = 50, -50
-    found = thinned(points)
+    values = rng.normal(size=9999)
+    values[4321], values[7000], values[50:100] = 50, -50, np.nan
+    found = thinned(values)
     assert len(found) < 600
-    assert {4321, 7000} <= set(found[:, 0])
+    assert {4322, 7001} <= set(found[:, 0])
     assert (np.diff(found[:, 0]) > 0).all()
-    assert (thinned(points[:100]) == points[:100]).all()
+    assert (found[:, 1] == values[found[:, 0].astype(int) - 1]).all()
+    assert thinned(values[200:300]).tolist() == [[i + 1, v] for i, v in enumerate(values[200:300])]
 
 
 def test_a_trend_is_the_mean_around_each_point() -> None:
-    points = np.stack([np.arange(1, 241), np.random.default_rng(0).normal(size=240)], axis=1)
-    found = trend(points)
-    assert found[100, 1] == pytest.approx(points[90:111, 1].mean())
-    assert found[0, 1] == pytest.approx(points[:11, 1].mean())
-    assert found[-1, 1] == pytest.approx(points[-11:, 1].mean())
-    assert trend(np.array([[1, 3.0], [2, 5.0]])) == pytest.approx(np.array([[1, 4.0], [2, 4.0]]))
+    values = np.random.default_rng(0).normal(size=240)
+    found = trend(values)
+    assert found[100] == pytest.approx([101, values[90:111].mean()])
+    assert found[0] == pytest.approx([1, values[:11].mean()])
+    assert found[-1] == pytest.approx([240, values[-11:].mean()])
+    assert trend(np.array([3.0, np.inf, 5.0])) == pytest.approx(np.array([[1, 3.0], [2, 4.0], [3, 5.0]]))
+    assert trend(np.zeros(0)).shape == (0, 2)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.7, -3e20, 1e-300])
 def test_flat_curves_are_in_the_middle(value: float) -> None:
-    made = chart("", [Line("", np.array([[0, value], [1, value]]), "dots")], 1, "{:.2g}".format)
+    made = chart("", [line("", np.array([[0, value], [1, value]]), "dots")], 1, "{:.2g}".format)
     assert made is not None
     assert {y for _, y, _, _ in made.dots} == {103.0}
     assert made.y_ticks
 
 
 def test_what_is_not_finite_is_left_out_and_what_explodes_stays_inside() -> None:
-    losses = np.stack([np.arange(200), np.ones(200)], axis=1)
-    losses[::2, 1], losses[5, 1], losses[6, 1], losses[7, 1] = 2, np.nan, np.inf, 1e30
-    made = chart("", [Line("", losses, "every")], 200, "{:.2g}".format)
+    losses = np.ones(200, np.float32)
+    losses[::2], losses[5], losses[6], losses[7] = 2, np.nan, np.inf, 1e30
+    each, _ = step_lines("", losses)
+    made = chart("", [each], 200, "{:.2g}".format)
     assert made is not None
     ((_, _, points),) = made.lines
     heights = [float(point.split(",")[1]) for point in points.split()]
@@ -57,7 +60,8 @@ def test_what_is_not_finite_is_left_out_and_what_explodes_stays_inside() -> None
     assert min(heights) == 10
     assert max(heights) < 196
     assert [text for _, text in made.y_ticks] == ["1", "1.2", "1.5", "1.8", "2"]
-    assert chart("", [Line("", losses[5:7], "every")], 200, str) is None
+    assert step_lines("", losses[5:7]) == [None, None]
+    assert chart("", [None], 200, str) is None
 
 
 def test_a_map_has_a_place_for_each_layer() -> None:

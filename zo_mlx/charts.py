@@ -5,7 +5,8 @@ matplotlib is an extra, and its colours do not follow the reader's scheme; libra
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -22,11 +23,38 @@ _TICKS = 5
 
 @dataclass(frozen=True)
 class Line:
-    """A curve: its points, (n, 2) of step and value; what is drawn of it; and its name in the legend."""
+    """A curve.
+
+    Attributes:
+        name: in the legend.
+        points: (n, 2) of step and value, as they are drawn.
+        kind: every, faint; trend; line; or dots, with a mark at each.
+        low, high: between which the chart must show it. A step that explodes is not to flatten all others: what is
+            beyond is drawn at the edge.
+    """
 
     name: str
     points: np.ndarray
-    kind: str  # "every": each step, faint; "trend": smoothed; "line"; "dots": with a mark at each point
+    kind: str
+    low: float
+    high: float
+
+
+def line(name: str, points: np.ndarray, kind: str) -> Line | None:
+    """Of some points, the finite ones, if that is a line; or at least a dot."""
+    points = points[np.isfinite(points).all(axis=1)]
+    if len(points) < (1 if kind == "dots" else 2):
+        return None
+    return Line(name, points, kind, float(points[:, 1].min()), float(points[:, 1].max()))
+
+
+def step_lines(name: str, values: np.ndarray) -> list[Line | None]:
+    """A value of each step from 1 on, (n,), and its trend; no more is held of them than is drawn."""
+    each = line("each step", thinned(values), "every")
+    if each:
+        low, high = np.quantile(values[np.isfinite(values)], (0.01, 0.99))
+        each = replace(each, low=float(low), high=float(high))
+    return [each, line(name, trend(values), "trend")]
 
 
 @dataclass
@@ -43,7 +71,7 @@ class Chart:
 
 def chart(
     title: str,
-    lines: Sequence[Line],
+    found: Sequence[Line | None],
     steps: int,
     show: Callable[[float], str],
     band: np.ndarray = NO_BAND,
@@ -52,23 +80,16 @@ def chart(
     """A chart of curves over the steps from 0 to `steps`, or None where there is nothing to draw.
 
     Args:
+        found: the curves there are.
         show: a value as text.
         band: (n, 3) of step, low and high.
         best: the step whose dot is marked.
     """
-    lines = [Line(line.name, line.points[np.isfinite(line.points).all(axis=1)], line.kind) for line in lines]
-    lines = [line for line in lines if len(line.points) >= (1 if line.kind == "dots" else 2)]
+    lines = [one for one in found if one]
     if not lines:
         return None
-    draw = {"every": thinned, "trend": trend}
-    drawn = [draw.get(line.kind, np.asarray)(line.points) for line in lines]
-    # A step that explodes must not flatten all others: what is beyond the range is drawn at its edge.
-    seen = [
-        np.quantile(line.points[:, 1], (0.01, 0.99)) if line.kind == "every" else points[:, 1]
-        for line, points in zip(lines, drawn, strict=True)
-    ]
-    seen += [band[:, 1:].ravel()] if len(band) else []
-    low, high = float(min(map(np.min, seen))), float(max(map(np.max, seen)))
+    low = min([one.low for one in lines] + band[:, 1].tolist())
+    high = max([one.high for one in lines] + band[:, 2].tolist())
     margin = 0.06 * (high - low)
     if high - low <= max(1e-9 * abs(high), 1e-100):  # a flat line
         margin = 0.1 * abs(high) if abs(high) > 1e-9 else 1.0
@@ -86,11 +107,11 @@ def chart(
     x_ticks = [(float(place(np.array([[t, low]]))[0, 0]), f"{t:,.0f}") for t in ticks(0, last, whole=True)]
     y_ticks = [(float(place(np.array([[0, t]]))[0, 1]), show(t)) for t in ticks(low, high)]
     made = Chart(title, x_ticks, y_ticks)
-    for line, points in zip(lines, drawn, strict=True):
-        made.lines.append((line.kind, line.name, text(points)))
-        if line.kind == "dots":
-            marked = line.points[:: 1 + len(line.points) // _DOTS]
-            chosen = np.unique(np.concatenate([marked, line.points[line.points[:, 0] == best]]), axis=0)
+    for one in lines:
+        made.lines.append((one.kind, one.name, text(one.points)))
+        if one.kind == "dots":
+            marked = one.points[:: 1 + len(one.points) // _DOTS]
+            chosen = np.unique(np.concatenate([marked, one.points[one.points[:, 0] == best]]), axis=0)
             for (x, y), (step, value) in zip(place(chosen).tolist(), chosen.tolist(), strict=True):
                 made.dots.append((x, y, f"step {step:.0f}: {show(value)}", step == best))
     if len(band):
@@ -107,24 +128,28 @@ def ticks(low: float, high: float, whole: bool = False) -> list[float]:
     return [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def thinned(points: np.ndarray) -> np.ndarray:
-    """The lowest and the highest point of each stretch of a curve, in their order: it looks the same."""
-    if len(points) <= 2 * _STRETCHES:
-        return points
+def thinned(values: np.ndarray) -> np.ndarray:
+    """Step and value, from step 1 on, of the lowest and the highest of each stretch: the curve looks the same."""
+    if len(values) <= 2 * _STRETCHES:
+        return np.stack([np.arange(1, len(values) + 1), values], axis=1)
     kept = []
-    for part in np.array_split(np.arange(len(points)), _STRETCHES):
-        values = points[part, 1]
-        kept += sorted({part[values.argmin()], part[values.argmax()]})
-    return points[kept]
+    for start, end in pairwise(np.linspace(0, len(values), _STRETCHES + 1).astype(int)):
+        own = values[start:end]
+        finite = start + np.flatnonzero(np.isfinite(own))
+        if len(finite):
+            kept += sorted({finite[values[finite].argmin()], finite[values[finite].argmax()]})
+    return np.array([(i + 1, values[i]) for i in kept], np.float64).reshape(-1, 2)
 
 
-def trend(points: np.ndarray) -> np.ndarray:
-    """The mean over a twelfth of the curve around each point, less at its ends."""
-    half = max(1, len(points) // 24)
-    sums = np.concatenate([[0.0], np.cumsum(points[:, 1])])
-    at = np.unique(np.linspace(0, len(points) - 1, _STRETCHES).astype(int))
-    first, last = np.maximum(at - half, 0), np.minimum(at + half + 1, len(points))
-    return np.stack([points[at, 0], (sums[last] - sums[first]) / (last - first)], axis=1)
+def trend(values: np.ndarray) -> np.ndarray:
+    """Step and mean over a twelfth of the curve around it, less at the ends, at no more points than are seen."""
+    half = max(1, len(values) // 24)
+    found = []
+    for at in np.unique(np.linspace(0, len(values) - 1, _STRETCHES).astype(int)) if len(values) else []:
+        own = values[max(0, at - half) : at + half + 1]
+        own = own[np.isfinite(own)]
+        found += [(at + 1, own.mean(dtype=np.float64))] if len(own) else []
+    return np.array(found, np.float64).reshape(-1, 2)
 
 
 @dataclass

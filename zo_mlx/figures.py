@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .charts import NO_BAND, Chart, LayerMap, Line, chart, layer_map, trend
+from .charts import NO_BAND, Chart, LayerMap, chart, layer_map, line, step_lines, trend
 from .events import Event
 
 Row = dict[str, float]
@@ -61,8 +61,9 @@ def moved(layers: Sequence[Layer], before: np.ndarray, after: np.ndarray) -> lis
     for layer in layers:
         own = slice(layer.start, layer.start + layer.sensitive)
         if layer.moved is not None:
-            norm = max(float(np.linalg.norm(before[own])), 1e-30)
-            layer = dataclasses.replace(layer, moved=float(np.linalg.norm(after[own] - before[own])) / norm)
+            start, end = before[own].astype(np.float64), after[own].astype(np.float64)
+            distance = np.linalg.norm(end - start) / max(np.linalg.norm(start), 1e-30)
+            layer = dataclasses.replace(layer, moved=float(distance))
         found.append(layer)
     return found
 
@@ -112,7 +113,7 @@ def results(
     """Name, before, after and on the test set, of the first two there are; without validations, of the training loss.
 
     Args:
-        steps: (n, 4) of number, loss, root mean square of the slopes, largest of them.
+        steps: (n, 3) float32 of loss, root mean square of the slopes, largest of them.
         scored: whether the losses are minus scores.
     """
     found = []
@@ -121,9 +122,8 @@ def results(
             before = show(points[0, 1]) if points[0, 0] == 0 else "?"
             tested = show(tests[-1][name]) if tests and name in tests[-1] else ""
             found.append((name, before, show(points[-1, 1]), tested))
-    finite = steps[np.isfinite(steps[:, 1]), :2]
-    if not found and len(finite):
-        first, last = trend(finite)[[0, -1], 1] * (-1 if scored else 1)
+    if not found and len(means := trend(steps[:, 0])):
+        first, last = means[[0, -1], 1] * (-1 if scored else 1)
         found.append(("training score" if scored else "training loss", f"{first:.3f}", f"{last:.3f}", ""))
     return found[:2]
 
@@ -141,31 +141,32 @@ def curves(
     validations: Sequence[Row], reports: Sequence[Row], steps: np.ndarray, scored: bool, best: int | None
 ) -> list[Chart]:
     """Of what there is to draw; arguments as above."""
-    made = []
+    count, made = len(steps), []
     for name in ("loss", "score", "accuracy", "perplexity"):
         lines = []
         if name == ("score" if scored else "loss"):
-            own = steps[:, :2] * (1, -1 if scored else 1)
-            lines = [Line("each step", own, "every"), Line("training, smoothed", own, "trend")]
+            lines = step_lines("training, smoothed", -steps[:, 0] if scored else steps[:, 0])
         band = _points(validations, "accuracy_low", "accuracy_high") if name == "accuracy" else NO_BAND
         called = "validation, with 95% confidence intervals" if len(band) else "validation"
-        lines.append(Line(called, _points(validations, name), "dots"))
-        made.append(chart(name.capitalize(), lines, len(steps), _TICKS.get(name, "{:.3g}".format), band, best))
-    slopes, rates = steps[:, [0, 2]], _points(reports, "learning_rate")
-    lines = [Line("each step", slopes, "every"), Line("smoothed", slopes, "trend")]
-    made.append(chart("Projected gradients, root mean square", lines, len(steps), "{:.3g}".format))
-    made.append(chart("Learning rate", [Line("at reports", rates, "line")], len(steps), "{:.2g}".format))
+        lines.append(line(called, _points(validations, name), "dots"))
+        made.append(chart(name.capitalize(), lines, count, _TICKS.get(name, "{:.3g}".format), band, best))
+    slopes = step_lines("smoothed", steps[:, 1])
+    made.append(chart("Projected gradients, root mean square", slopes, count, "{:.3g}".format))
+    rates = line("at reports", _points(reports, "learning_rate"), "line")
+    made.append(chart("Learning rate", [rates], count, "{:.2g}".format))
     return [one for one in made if one]
 
 
 def slopes(steps: np.ndarray) -> dict[str, float] | None:
     """Of all: their root mean square, that of the first and the last tenth of the steps, and the largest."""
-    own = steps[np.isfinite(steps).all(axis=1), 2:]
+    own = steps[np.isfinite(steps[:, 2]), 1:]
     if not len(own):
         return None
-    squares, tenth = own[:, 0] ** 2, max(1, len(own) // 10)
-    rms, first, last = (math.sqrt(part.mean()) for part in (squares, squares[:tenth], squares[-tenth:]))
-    return {"rms": rms, "first": first, "last": last, "largest": own[:, 1].max()}
+    tenth = max(1, len(own) // 10)
+    rms, first, last = (
+        math.sqrt(np.square(part, dtype=np.float64).mean()) for part in (own[:, 0], own[:tenth, 0], own[-tenth:, 0])
+    )
+    return {"rms": rms, "first": first, "last": last, "largest": float(own[:, 1].max())}
 
 
 def seconds(events: Sequence[Event]) -> float:

@@ -92,12 +92,11 @@ class Report:
 
     def _page(self, values: mx.array, best: int | None, held: int, peak: int) -> str:
         run, config, events = self._run, self._run.config, self._log.events
-        steps = np.array(self._steps, np.float64).reshape(-1, 3)
-        steps = np.insert(steps, 0, np.arange(1, len(steps) + 1), axis=1)
+        steps = np.frombuffer(self._steps, np.float32).reshape(-1, 3)
         validations, reports, tests = (figures.rows(events, kind) for kind in ("validation", "train", "test"))
         peak = max([held, peak, *(int(1e9 * row.get("peak_memory", 0)) for row in reports)])
         before, after = run.trainable.everything, run.trainable.among_all(values)
-        layers = figures.moved(self._layers, np.array(before, np.float64), np.array(after, np.float64))
+        layers = figures.moved(self._layers, np.asarray(before), np.asarray(after))
         return self._template.render(
             config=config,
             model=Path(config.model).resolve().name,
