@@ -21,6 +21,8 @@ FILE_NAME = "events.jsonl"
 FORMAT = "zo-mlx-events"
 VERSION = 1
 
+# What is held of reports on the training, of which there are many.
+_HELD = {"event", "iteration", "time", "learning_rate", "tokens_per_second", "peak_memory"}
 _MOST_BRACKETS = 200  # of a line: what is nested deeper than any event is not unpacked
 
 Event = dict[str, Any]
@@ -39,14 +41,15 @@ class EventLog:
         report: gets the events, too.
 
     Attributes:
-        events: of the whole run, each with its `time` in seconds since 1970.
+        events: of the whole run, each with its `time` in seconds since 1970; of `train` no more than is drawn.
     """
 
     def __init__(self, directory: Path, journal: str, done: int, report: Callable[[Event], None]):
         self._path, self._report = directory / FILE_NAME, report
         self._broken = False  # nothing is to follow half a line
-        self.events = read_events(self._path, journal, done)
-        lines = [{"format": FORMAT, "version": VERSION, "journal": journal}, *self.events]
+        past = read_events(self._path, journal, done)
+        self.events = [_held(event) for event in past]
+        lines = [{"format": FORMAT, "version": VERSION, "journal": journal}, *past]
         content = b"".join(map(_line, lines))
         with self._warning():
             write_atomically(self._path, lambda beside: beside.write_bytes(content))
@@ -64,10 +67,11 @@ class EventLog:
         self._add({"event": "begun", "iteration": iteration, **how, **versions, **place})
 
     def _add(self, event: Event) -> None:
-        self.events.append({**event, "time": round(time.time(), 3)})
+        event = {**event, "time": round(time.time(), 3)}
+        self.events.append(_held(event))
         if not self._broken:
             with self._warning(), reporting_disk_errors(self._path):
-                self._append(_line(self.events[-1]))
+                self._append(_line(event))
 
     def _append(self, line: bytes) -> None:
         fd = os.open(self._path, os.O_WRONLY | os.O_APPEND)
@@ -84,6 +88,10 @@ class EventLog:
         except ZoError as e:
             self._broken = True
             self._report({"event": "warning", "message": f"what happens is not kept for the report: {e}"})
+
+
+def _held(event: Event) -> Event:
+    return {k: v for k, v in event.items() if k in _HELD} if event["event"] == "train" else event
 
 
 def _line(event: Event) -> bytes:
