@@ -24,6 +24,7 @@ def test_train_evaluate_generate_and_info(
     text = capsys.readouterr().out
     assert "Iter 0: Val loss" in text
     assert "Iter 2: Train loss" in text
+    assert f"{out}/report.html: the run as a page" in text
     assert main(["evaluate", "--model", model, "--adapter-path", out, "--data", data]) == 0
     assert "accuracy" in capsys.readouterr().out
     assert main(["generate", "--model", model, "--adapter-path", out, "--prompt", "a", "-m", "3", "--json"]) == 0
@@ -38,6 +39,7 @@ def test_train_evaluate_generate_and_info(
     adapter = json.loads(capsys.readouterr().out)
     assert (adapter["steps"], adapter["snapshot_step"], adapter["trainable"]) == (2, 2, found["index"]["size"])
     assert adapter["fingerprints"]["base_model"] == found["fingerprint"]
+    assert adapter["report"] == f"{out}/report.html"
     for path in (model, out):
         assert main(["info", path]) == 0
     assert "coverage" in capsys.readouterr().out

@@ -17,12 +17,14 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from .errors import UsageError
+from .events import FILE_NAME as EVENTS
 from .files import load_safetensors, reporting_disk_errors, write_atomically
 from .journal import FILE_NAME as JOURNAL
 
 VALUES = "values.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 BEST = "best"
+REPORT = "report.html"
 # Written by `lora`, named as mlx-lm names them.
 LORA_CONFIG, LORA_TENSORS = "adapter_config.json", "adapters.safetensors"
 FORMAT = "zo-mlx-values"
@@ -50,12 +52,13 @@ class Best:
 
 def has_run(directory: Path) -> bool:
     """Whether an adapter directory holds a run, or files that a run would replace."""
-    return any((directory / name).exists() for name in (JOURNAL, VALUES, OPTIMIZER, LORA_CONFIG, LORA_TENSORS))
+    names = (JOURNAL, VALUES, OPTIMIZER, LORA_CONFIG, LORA_TENSORS, EVENTS, REPORT)
+    return any((directory / name).exists() for name in names)
 
 
 def remove_run(directory: Path) -> None:
     """Remove a run's files but for the journal, which a new run replaces."""
-    for name in (VALUES, OPTIMIZER, f"{BEST}/{VALUES}"):
+    for name in (VALUES, OPTIMIZER, f"{BEST}/{VALUES}", EVENTS, REPORT):
         (directory / name).unlink(missing_ok=True)
     remove_lora(directory)
 

@@ -39,7 +39,7 @@ class Judge:
 
     def tokens(self, branches: Sequence[Sequence[Example]]) -> int:
         """How many tokens a branch takes at most when texts are generated, padding included."""
-        longest = max(_prompt_length(e) for own in branches for e in own)
+        longest = max(prompt_length(e) for own in branches for e in own)
         return len(branches[0]) * (longest + self._max_tokens)
 
     def choice_scores(self, scored: mx.array, branches: Sequence[Sequence[Example]]) -> mx.array:
@@ -54,9 +54,14 @@ class Judge:
     def text_scores(self, head: Head, branches: Sequence[Sequence[Example]]) -> mx.array:
         """The scores of what P branches of a model generate for E prompts each: (P, E) float32."""
         examples = [e for own in branches for e in own]
-        generated = self.generate(head, [e.rows[0][: _prompt_length(e)] for e in examples])
-        scores = [self._metric(e.record, self._tokenizer.decode(g)) for e, g in zip(examples, generated, strict=True)]
+        texts = self.texts(head, examples)
+        scores = [self._metric(e.record, text) for e, text in zip(examples, texts, strict=True)]
         return mx.array(scores).reshape(len(branches), -1)
+
+    def texts(self, head: Head, examples: Sequence[Example]) -> list[str]:
+        """What the model generates for each prompt."""
+        generated = self.generate(head, [e.rows[0][: prompt_length(e)] for e in examples])
+        return [self._tokenizer.decode(tokens) for tokens in generated]
 
     def generate(self, head: Head, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
         """The likeliest next tokens after each prompt, one after the other, up to an end of text."""
@@ -82,5 +87,6 @@ def longest_completion(dataset: Dataset) -> int:
     return max([1, *(len(e.targets[0]) for e in dataset.examples)])
 
 
-def _prompt_length(example: Example) -> int:
+def prompt_length(example: Example) -> int:
+    """How many tokens come before the first one that counts."""
     return example.targets[0][0].position + 1

@@ -106,6 +106,8 @@ def _adapter(directory: Path) -> dict[str, Any]:
         found |= {"trainable": snapshot.values.size, "snapshot_step": snapshot.step}
         found["values_sha256"] = sha256(directory / adapter.VALUES)
         found.setdefault("fingerprints", snapshot.fingerprints)
+    if (report := directory / adapter.REPORT).exists():
+        found["report"] = str(report)
     return found
 
 

@@ -49,7 +49,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     layers = found["index"]["layers"]
-    places = [_place(layer["path"]) for layer in layers]
+    places = [block_and_name(layer["path"]) for layer in layers]
     modules = list(dict.fromkeys(module for _, module in places))
     blocks = 1 + max(block for block, _ in places)
     total = sum(layer["score"] for layer in layers) or 1.0
@@ -101,7 +101,7 @@ def plot_plan(planned: dict[str, Any], path: Path) -> None:
     write_atomically(path, lambda p: figure.savefig(p, dpi=150))
 
 
-def _place(path: str) -> tuple[int, str]:
+def block_and_name(path: str) -> tuple[int, str]:
     """A layer's block number and its name in the block: model.layers.3.mlp.up_proj -> 3, mlp.up_proj."""
     match = re.search(r"(?:^|\.)(\d+)\.(.+)", path)
     return (int(match[1]), match[2]) if match else (0, path)

@@ -4,6 +4,7 @@ import contextlib
 import math
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
@@ -12,6 +13,9 @@ import mlx.core as mx
 from tqdm import tqdm
 
 _SECONDS_BETWEEN_LINES = 15
+# A bar with figures, on 80 columns.
+_WITH_FIGURES = "{desc}: {n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}"
+_RECENT = 20  # steps
 
 
 class Progress:
@@ -26,20 +30,25 @@ class Progress:
         self._started = self._printed = time.monotonic()
         if self.enabled and sys.stderr.isatty():
             self._bar = tqdm(
-                desc=self.title, total=self.total, initial=self._initial, unit=f" {self.unit}", leave=False
-            )
+                desc=self.title, total=self.total, initial=self._initial, unit=f" {self.unit}", leave=False,
+                dynamic_ncols=True,
+            )  # fmt: skip
         return self
 
-    def advance(self) -> None:
-        """One more unit is done."""
+    def advance(self, figures: str = "") -> None:
+        """One more unit is done; `figures` are shown beside the time left."""
         self._done += 1
         if self._bar is not None:
+            if figures:
+                self._bar.bar_format = _WITH_FIGURES
+                self._bar.set_postfix_str(figures, refresh=False)
             self._bar.update()
         elif self.enabled and time.monotonic() - self._printed > _SECONDS_BETWEEN_LINES:
             self._printed = time.monotonic()
             rate = (self._done - self._initial) / (self._printed - self._started)
             left = (self.total - self._done) / rate
             line = f"{self.title}: {self._done}/{self.total}, {rate:.2f} {self.unit}/s, {left:.0f} s left"
+            line += f", {figures}" if figures else ""
             print(line, file=sys.stderr, flush=True)
 
     def __exit__(
@@ -70,6 +79,7 @@ class Meter:
         self._reported = (0.0, 0)  # and when they were last taken
         self._losses: list[float] = []
         self._tokens = self._padded = 0
+        self._recent: deque[tuple[float, float, int]] = deque(maxlen=_RECENT)  # seconds, loss, tokens
         self.last_loss: float | None = None
 
     def add(self, seconds: float, loss: float, examples: list[Any]) -> None:
@@ -79,6 +89,7 @@ class Meter:
             self._losses.append(loss)
         rows = [len(row) for e in examples for row in e.rows]
         self._tokens += sum(rows)
+        self._recent.append((seconds, loss, sum(rows)))
         self._padded += len(rows) * max(rows)
 
     def take(self) -> dict[str, float | None]:
@@ -95,6 +106,18 @@ class Meter:
         self._losses, self._tokens, self._padded = [], 0, 0
         self._reported = (self._seconds, self._steps)
         return result
+
+    def recent(self, scored: bool, accuracy: float | None) -> str:
+        """The last steps in a few words: loss, or the score that it is minus of; tokens per second; peak memory.
+
+        Args:
+            accuracy: of the last validation, if there is one.
+        """
+        seconds, losses, tokens = zip(*self._recent, strict=True)
+        loss, rate = sum(losses) / len(losses), sum(tokens) / sum(seconds)
+        figures = [f"score {-loss:.3f}" if scored else f"loss {loss:.3f}"]
+        figures += [] if accuracy is None else [f"acc {accuracy:.1%}"]
+        return ", ".join([*figures, f"{rate:.0f} tok/s", f"{mx.get_peak_memory() / 1e9:.2f} GB"])
 
     @property
     def seconds(self) -> float | None:

@@ -88,13 +88,14 @@ def _write(path: Path, pieces: Iterable[bytes]) -> None:
         file.writelines(pieces)
 
 
-def resume(run: Run, past: Journal, changed_data: bool) -> None:
+def resume(run: Run, past: Journal, changed_data: bool, given: dict[str, Any]) -> None:
     """Restore the state after a journal's last record: from a snapshot if there is one, and by replay.
 
     Where the best values are lost, all is replayed, and validated again on the way.
 
     Args:
         changed_data: go on even if the training data is not that of the last record.
+        given: the settings asked for.
     """
     others = {name: value for name, value in run.fingerprints.items() if name not in DATA}
     check_fingerprints(f"the journal {past.path}", past.header["fingerprints"], others)
@@ -106,7 +107,7 @@ def resume(run: Run, past: Journal, changed_data: bool) -> None:
     check_space(run.directory, (run.config.iters - len(past)) * record_size(past.header))
     with reporting_disk_errors(run.directory):
         adapter.remove_lora(run.directory)
-    run.journal = past
+    run.follow(past, settings=given, resume=True, changed_data=changed_data)
     if last := past.last():
         run.config.tokens_at_once = last.tokens_at_once or None
     best = adapter.read_best(run.directory, past.identity)

@@ -15,6 +15,7 @@ from .config import TrainConfig
 from .data import Dataset
 from .errors import Interrupted, ZoError
 from .evaluate import Evaluation, evaluate_dataset
+from .events import EventLog
 from .files import check_space, reporting_disk_errors
 from .interrupts import finished_first
 from .lora import write_loras
@@ -22,6 +23,7 @@ from .memory import OVERRUN, is_shortage
 from .optimizer import Optimizer, State
 from .progress import Meter, Progress
 from .ranks import Ranks
+from .report import Report as Page
 from .result import TrainResult
 from .setup import Report, Setup
 from .step import exact_step, make_loss, rows_of_step, step, tokens_of
@@ -39,14 +41,24 @@ class Run(Setup):
         self.done = 0
         self.is_smaller = False  # whether passes had to be made smaller
         self.best: Best | None = None
+        self.weights = self.peak = 0  # bytes MLX held before this process's first step, and at most in a step
 
-    def start(self) -> None:
-        """Begin a new run in the adapter directory, in place of any old one."""
+    def start(self, given: dict[str, Any]) -> None:
+        """Begin a new run in the adapter directory, in place of any old one; `given` are the settings asked for."""
         header = {"config": asdict(self.config), "fingerprints": self.fingerprints, "trained": self.depth.spans}
         check_space(self.directory, self.config.iters * journal.record_size(header))
         with reporting_disk_errors(self.directory):
             adapter.remove_run(self.directory)
-        self.journal = journal.Journal.create(self.directory / journal.FILE_NAME, header)
+        self.follow(journal.Journal.create(self.directory / journal.FILE_NAME, header), settings=given)
+
+    def follow(self, own: journal.Journal, **how: Any) -> None:
+        """Go on after a journal's last step. What happens from here on is kept for the report, and how it began."""
+        self.journal = own
+        if not self.ranks.is_first:
+            return
+        self.report = log = EventLog(self.directory, own.identity, len(own), self.report)
+        log.begin(len(own), **how)
+        self.page = Page(self, self.directory, own, log)
 
     def step_function(self) -> Callable[[list[Any], int], tuple[mx.array, State, journal.Record]]:
         """What takes the next step: from examples and its number, to new values, new state, and its record."""
@@ -125,16 +137,18 @@ class Run(Setup):
             self.warn(doubt)
         return record, examples
 
+    def at_once(self, dataset: Dataset) -> int:
+        """How many examples are evaluated in a forward pass."""
+        size, tokens = rows_of_step(self.config), self.config.tokens_at_once
+        return size if tokens is None else max(1, min(size, tokens // self.longest_row(dataset.examples)))
+
     def evaluate(self, dataset: Dataset, batches: int) -> Evaluation:
         self.sparse.set_values(self.values[None])
         count = -1 if batches == -1 else batches * self.batch_size
         while True:
-            size, tokens = rows_of_step(self.config), self.config.tokens_at_once
-            if tokens is not None:
-                size = max(1, min(size, tokens // self.longest_row(dataset.examples)))
             try:
                 how = self.progress, self.judge, self.ranks, self.split.together
-                return evaluate_dataset(self.head, dataset, size, count, *how)
+                return evaluate_dataset(self.head, dataset, self.at_once(dataset), count, *how)
             except (RuntimeError, MemoryError) as e:
                 if not (is_shortage(e) and self.make_smaller(dataset.examples, f"an evaluation fails: {e}")):
                     raise
@@ -183,6 +197,10 @@ class Run(Setup):
     def save(self) -> None:
         if self.ranks.is_first:
             adapter.write_snapshot(self.directory, self.snapshot(), self.state)
+            self.write_report()
+
+    def write_report(self) -> None:
+        self.page.write(self.values, self.best.iteration if self.best else None, self.weights, self.peak)
 
     def export(self) -> None:
         """Write what stock mlx-lm loads, of the last and the best values; a run does not fail because that does."""
@@ -206,12 +224,11 @@ class Run(Setup):
     def steps(self) -> TrainResult:
         """`go`, where nobody interrupts it."""
         config = self.config
-        weights = mx.get_active_memory()
+        self.weights = mx.get_active_memory()
         before = after = self.validate()
         mx.reset_peak_memory()
         self.take = self.step_function()
         meter = Meter()
-        peak = 0
         try:
             with Progress("Training", config.iters, "step", self.progress, initial=self.done) as bar:
                 for number in range(self.done + 1, config.iters + 1):
@@ -222,7 +239,8 @@ class Run(Setup):
                     with finished_first():
                         record, examples = self.advance(number)
                     meter.add(time.perf_counter() - started, record.loss, examples)
-                    bar.advance()
+                    bar.advance(meter.recent(bool(self.judge), after.accuracy if after else None))
+                    self.peak = max(self.peak, mx.get_peak_memory())
                     if number % config.steps_per_report == 0 or number == config.iters:
                         rate = self.optimizer.learning_rate(self.state)
                         event = {"event": "train", "iteration": number, "learning_rate": rate, **meter.take()}
@@ -231,7 +249,6 @@ class Run(Setup):
                         self.report(event)
                     if number % config.save_every == 0:
                         self.save()
-                    peak = max(peak, mx.get_peak_memory())
                     if config.memory_limit and mx.get_peak_memory() > OVERRUN * config.memory_limit * 1e9:
                         taken = f"a step took {mx.get_peak_memory() / 1e9:.3f} GB, more than --memory-limit"
                         self.make_smaller(examples, taken)
@@ -246,7 +263,10 @@ class Run(Setup):
             self.report({"event": "test", "iteration": self.done, **test.as_dict()})
         if self.ranks.is_first:
             self.export()
+            if not self.split.together:  # which would take all ranks
+                self.page.show_samples(self.values, self.at_once(self.page.shown[1]))
+            self.write_report()
         return TrainResult(
             str(self.directory), self.done, self.sparse.size, meter.last_loss, before, after, test, self.best,
-            meter.seconds, weights, peak, adapter.size_bytes(self.directory),
+            meter.seconds, self.weights, self.peak, adapter.size_bytes(self.directory),
         )  # fmt: skip

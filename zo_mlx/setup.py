@@ -39,6 +39,7 @@ class Setup:
         config: resolved, with all that was settled filled in.
         ranks, split: the processes that train together, and who does what of a step.
         judge: of the model's answers, if these are the objective.
+        sizes: of the index, by layer.
         fingerprints: of all that a run with the same journal must find unchanged; `data_id` stands for the data's.
         depth: which blocks are trained.
         trainable: which weights, and what they are before.
@@ -50,6 +51,7 @@ class Setup:
         self.sparse, self.tokenizer, index, model_config = load_sparse(
             model, spread=ranks.count > 1 and config.split == "model"
         )
+        self.sizes = {path: tensor.size for path, tensor in index.tensors.items()}
         self.metric = None if config.objective == CROSS_ENTROPY else Metric(config.objective)
         self.longest = min(config.max_seq_length, context_length(model_config))
         features = {name: getattr(config, name) for name in FEATURES}

@@ -64,7 +64,7 @@ def train(
             past = journal.Journal.read(directory / journal.FILE_NAME, cut=True)
             run = Run(resumed_config(past.header["config"], settings), report or _print_warning, progress, ranks)
             run.report = followed(run.report, run.config) if ranks.is_first else run.report
-            resume_run(run, past, changed_data)
+            resume_run(run, past, changed_data, settings)
         else:
             if not overwrite:
                 _refuse_run(directory)
@@ -75,7 +75,7 @@ def train(
             if not overwrite:
                 _refuse_run(directory)  # another process may have begun one while the model was loading
             run.report = followed(run.report, run.config) if ranks.is_first else run.report
-            run.start()
+            run.start(settings)
         held.enter_context(run.journal.open())
         limit = run.config.memory_limit
         held.enter_context(held_below(None if limit is None else int(limit * 1e9)))

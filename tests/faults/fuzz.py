@@ -174,6 +174,8 @@ CASES: list[Case] = [
     ("adapter/values.safetensors", mutate_metadata, _RESUME),
     ("adapter/optimizer.safetensors", mutate_metadata, _RESUME),
     ("adapter/best/values.safetensors", mutate_metadata, _RESUME),
+    ("adapter/events.jsonl", lambda p, r: mutate_bytes(p, r, 2000), _RESUME),
+    ("adapter/events.jsonl", mutate_line, _RESUME),
     ("data/train.jsonl", lambda p, r: mutate_bytes(p, r, 2000), f"{_TRAIN} out"),
     ("data/train.jsonl", mutate_line, f"{_TRAIN} out"),
     ("data/test.jsonl", mutate_line, _EVALUATE),

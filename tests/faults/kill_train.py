@@ -6,7 +6,8 @@
 Runs write a snapshot every second step and validate every third one. Each process gets SIGKILL some milliseconds after
 a random number of steps that it said were done, while it starts, or when it then writes a snapshot. Then the journal
 must be the uninterrupted run's, cut off after the last step that was said to be done, or later; and when the run has
-ended, all files must be the same, byte by byte. Returns 1 if not.
+ended, all files must be the same, byte by byte, but for the report, which must be whole and know all validations.
+Returns 1 if not.
 """
 
 import argparse
@@ -22,10 +23,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from runs import KINDS, OFTEN, contents, prepare, settings_in
+from runs import KINDS, OFTEN, contents, prepare, settings_in, validations
 
 import zo_mlx
 from zo_mlx import adapter
+from zo_mlx.adapter import REPORT
 from zo_mlx.journal import FILE_NAME as JOURNAL
 from zo_mlx.journal import Journal, record_size
 
@@ -75,6 +77,7 @@ class Whole:
     """An uninterrupted run: its files; the bytes of a journal's record; seconds to the first step, and of a step."""
 
     files: dict[str, bytes]
+    validations: list[dict[str, Any]]
     steps: int
     record: int
     start: float
@@ -89,10 +92,16 @@ class Whole:
         start = time.monotonic() - started
         killed(settings, float("inf"), 0)
         each = max(0.0, time.monotonic() - started - 2 * start) / settings["iters"]
-        found = cls(contents(out), settings["iters"], record_size(Journal.read(out / JOURNAL).header), start, each)
+        size = record_size(Journal.read(out / JOURNAL).header)
+        found = cls(contents(out), validations(out), settings["iters"], size, start, each)
         shutil.rmtree(out)
         print(f"uninterrupted: {start:.2f} s to the first step, {each:.3f} s a step", flush=True)
         return found
+
+    def is_reported(self, out: Path) -> bool:
+        """Whether a run's report is whole, and all validations are there for it."""
+        page, known = (out / REPORT).read_text(encoding="utf-8"), validations(out)
+        return page.endswith("</html>") and all(v in known for v in self.validations)
 
     def has(self, journal: bytes, least: int) -> bool:
         """Whether a journal is this run's up to some point after so many steps."""
@@ -156,6 +165,8 @@ def main() -> int:
                     wrong += 1
                     print(f"kill {kills}, {kind}: after step {said} the journal is not the uninterrupted run's")
             different = sorted({name for name, _ in contents(out).items() ^ whole[kind].files.items()})
+            if not whole[kind].is_reported(out):
+                different.append(REPORT)
             wrong += bool(different)
             print(f"run {runs}, {kind}, killed {died} times: {different or 'the same files'}", flush=True)
             shutil.rmtree(out)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import train, train_seeds
-from ..adapter import BEST
+from ..adapter import BEST, REPORT
 from ..config import TrainConfig, value_type
 from ..lora import Fit
 from ..lora_settings import CHECKED, NOT_HERE, read_yaml, understood
@@ -76,6 +76,8 @@ def _run(args: argparse.Namespace) -> None:
         _print_json({"event": "result", **result.as_dict()})
     else:
         print(f"{result.adapter_path}: {result.iterations} steps, {result.adapter_bytes / 1e6:.2f} MB")
+        if (page := Path(result.adapter_path) / REPORT).exists():
+            print(f"{page}: the run as a page for the browser")
         if result.best and result.best.iteration < result.iterations:
             scored = result.after is not None and result.after.score is not None
             what = f"score {-result.best.loss:.3f}" if scored else f"loss {result.best.loss:.3f}"
