@@ -20,6 +20,7 @@ from zo_mlx.index import SensitiveIndex, SensitiveTensor, read_index
 from zo_mlx.journal import Journal
 from zo_mlx.model import load_sparse, load_stock_model
 from zo_mlx.prefix import Prefix
+from zo_mlx.ranks import Ranks
 from zo_mlx.run import Run
 from zo_mlx.sparse import SparseModel
 from zo_mlx.step import make_loss
@@ -131,7 +132,7 @@ def test_long_choices_share_their_prompts_where_that_saves_more(spread: Path, tm
     for split in ("train", "valid"):
         write_jsonl(tmp_path / f"{split}.jsonl", [{**prompt, "completion": " yes"}] * 4)
     config = TrainConfig(model=str(spread), data=str(tmp_path), batch_size=1)
-    run = Run(config, lambda event: None, progress=False)
+    run = Run(config, lambda event: None, progress=False, ranks=Ranks())
     share = run.train_set.unshared
     # The prompt's 40 bytes and a space; of the choices what is left without their last bytes, "ye", "neve" and "mayb".
     assert share == (41 + 2 + 4 + 4) / (3 * 41 + 2 + 4 + 4)
@@ -140,7 +141,7 @@ def test_long_choices_share_their_prompts_where_that_saves_more(spread: Path, tm
     assert run.prefix(1) is None
     for layers, apart in ((1, True), (2, False)):  # of three
         config.num_layers = layers
-        assert (Run(config, lambda event: None, progress=False).prefix(1) is not None) == apart
+        assert (Run(config, lambda event: None, progress=False, ranks=Ranks()).prefix(1) is not None) == apart
 
 
 def test_which_rows_run_together_does_not_depend_on_what_is_there(
@@ -178,7 +179,9 @@ def test_a_resumed_run_has_the_same_bits(
     """More than one epoch of 7 batches, so that what is kept is used; a resumed run has nothing to start with."""
     settings = {"num_layers": 1, "cache_prefix": cache, "iters": 12}
     _train(spread, choice_data, tmp_path / "a", **settings)
-    kept = Run(TrainConfig(**Journal.read(tmp_path / "a/journal").header["config"]), print, progress=False).prefix(2)
+    kept = Run(
+        TrainConfig(**Journal.read(tmp_path / "a/journal").header["config"]), print, progress=False, ranks=Ranks()
+    ).prefix(2)
     assert kept is not None
     assert (kept.cached_bytes > 0, kept.cached_bytes > 60_000) == (cache is not None, cache == 1)
     append, count = Journal.append, 0
