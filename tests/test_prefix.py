@@ -179,9 +179,8 @@ def test_a_resumed_run_has_the_same_bits(
     """More than one epoch of 7 batches, so that what is kept is used; a resumed run has nothing to start with."""
     settings = {"num_layers": 1, "cache_prefix": cache, "iters": 12}
     _train(spread, choice_data, tmp_path / "a", **settings)
-    kept = Run(
-        TrainConfig(**Journal.read(tmp_path / "a/journal").header["config"]), print, progress=False, ranks=Ranks()
-    ).prefix(2)
+    config = TrainConfig(**Journal.read(tmp_path / "a/journal").header["config"])
+    kept = Run(config, print, progress=False, ranks=Ranks()).prefix(2)
     assert kept is not None
     assert (kept.cached_bytes > 0, kept.cached_bytes > 60_000) == (cache is not None, cache == 1)
     append, count = Journal.append, 0
