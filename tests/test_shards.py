@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
@@ -51,6 +52,7 @@ class Group:
 @pytest.mark.parametrize("segments", [1, 3, [1 / 2, 3 / 4]])
 @pytest.mark.parametrize("quantized", [False, True])
 def test_the_part_that_mlx_cuts_out_is_found(quantized: bool, segments: Any, rank: int) -> None:
+    mx.random.seed(0)
     whole = nn.Linear(768, 192, bias=False)
     layer = whole.to_quantized(32, 4) if quantized else whole
     weight = np.array(dequantized(layer))
