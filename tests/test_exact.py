@@ -186,6 +186,19 @@ def test_a_journal_of_exact_gradients_in_numpy(tiny: Path, choice_data: Path, tm
     np.testing.assert_allclose(_values(tmp_path / "a"), values, atol=1e-6)
 
 
+def test_the_default_rate_rises_and_falls(tiny: Path, choice_data: Path, tmp_path: Path) -> None:
+    """Adam (Kingma and Ba 2015, algorithm 1) with the learning rates of docs/journal.md."""
+    _train(tiny, choice_data, tmp_path / "a", iters=13)
+    origin = np.array(read_index(tiny).initial_values(), np.float64)
+    values, first, second = origin, 0.0, 0.0
+    for record in Journal.read(tmp_path / "a/journal").records():
+        g, t = record.projected.astype(np.float64), record.step
+        first, second = 0.9 * first + 0.1 * g, 0.999 * second + 0.001 * g**2
+        rate = 0.01 * min(t / 10, 1) / (1 + (t - 1) / 100) * np.sqrt(np.mean(origin**2))
+        values = values - rate * (first / (1 - 0.9**t)) / (np.sqrt(second / (1 - 0.999**t)) + 1e-8)
+    np.testing.assert_allclose(_values(tmp_path / "a"), values, atol=1e-4 * np.abs(values - origin).max())
+
+
 def test_what_does_not_go_together(tiny: Path, choice_data: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="objective accuracy has no gradient"):
         _train(tiny, choice_data, tmp_path / "a", objective="accuracy")

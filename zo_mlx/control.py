@@ -30,8 +30,9 @@ FIRST_EPSILON, DIFFERENCE = 1e-3, 0.02
 FARTHEST = 0.5
 # Of what such branches change, this share is a score's counterpart to NATS: how far out they lie is no longer small.
 SCORE_SHARE = 0.1
-# With exact gradients, the first steps move each value by about this share of their root mean square.
-EXACT_SHARE = 0.0025
+# With exact gradients, a step moves each value by about this share of their root mean square, which the first steps
+# work up to: gradients are largest then, and agree, and Adam's estimates are of a few of them.
+EXACT_SHARE, WARMUP = 0.01, 10
 # Slopes count for at most this many times the root of the mean square of those before.
 OUTLIER = 5.0
 # Losses are averaged over this many steps. An average above the lowest one by a quarter of it, and by this many
@@ -52,8 +53,8 @@ def exact_rate(origin: mx.array) -> Callable[[mx.array], mx.array]:
     Args:
         origin: (K,) the values before the first step; a step moves them by a share of their root mean square.
     """
-    first = EXACT_SHARE * mx.sqrt(mx.square(origin).mean())
-    return lambda step: first / (1 + step / SLOWING)
+    highest = EXACT_SHARE * mx.sqrt(mx.square(origin).mean())
+    return lambda step: highest * mx.minimum((step + 1) / WARMUP, 1) / (1 + step / SLOWING)
 
 
 class Control:
