@@ -135,3 +135,11 @@ def test_a_layer_called_twice_gets_the_sum_of_both_gradients(tiny_hf: Path, tmp_
     for path, scores in blockwise_fisher_scores(opened, SEQUENCES, Checkpoint(tmp_path / "c")):
         oracle = np.array(expected[path])
         assert np.allclose(np.array(scores), oracle, rtol=1e-3, atol=1e-5 * oracle.max()), path
+
+
+def test_a_block_that_is_used_twice_is_no_chain(tiny_hf: Path) -> None:
+    model, _ = load_stock_model(tiny_hf)
+    model.model.layers[1] = model.model.layers[0]
+    before = model(mx.array([[1, 2, 3]]))
+    assert BlockwiseModel.of_chain(model) is None
+    assert mx.array_equal(model(mx.array([[1, 2, 3]])), before)

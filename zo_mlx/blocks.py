@@ -44,8 +44,8 @@ class BlockwiseModel:
         self._kinds = [type(b) for b in self.blocks]
         hooked = {kind: self._hooked(kind) for kind in set(self._kinds)}
         self._number = {id(b): i for i, b in enumerate(self.blocks)}
-        for block in self.blocks:
-            block.__class__ = hooked[type(block)]
+        for block, kind in zip(self.blocks, self._kinds, strict=True):
+            block.__class__ = hooked[kind]
 
     @classmethod
     def of_chain(cls, model: nn.Module) -> "BlockwiseModel | None":
