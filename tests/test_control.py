@@ -63,6 +63,25 @@ def test_the_rate_follows_the_slopes(optimizer: str, arguments: dict[str, float]
     assert [e and e["event"] for e in chosen] == [None, None, None, "chosen", *[None] * 6]
 
 
+def test_the_result_is_an_average_in_which_the_last_steps_count() -> None:
+    """Polynomial-decay averaging (Shamir and Zhang 2013): point i of n has a weight like i (i + 1) ... (i + 7)."""
+    update = _optimizer()
+    after = _go(update, _records(np.random.default_rng(4).normal(size=(40, 4))), mx.zeros(SIZE), update.state)
+    points = np.array([state["point"] for _, state in after], np.float64)
+    for n, (values, _) in enumerate(after, 1):
+        weights = [math.comb(i + 7, 8) for i in range(1, n + 1)]
+        expected = np.average(points[:n], axis=0, weights=weights)
+        np.testing.assert_allclose(np.array(values), expected, atol=1e-6 * np.abs(points).max())
+    assert np.abs(points[-1] - np.array(after[-1][0])).max() > 0
+
+
+def test_rates_of_the_users_own_are_followed_without_an_average() -> None:
+    update = _optimizer(learning_rate=0.1, optimizer="sgd")
+    values, state = _go(update, _records(np.ones((3, 4))), mx.zeros(SIZE), update.state)[-1]
+    assert "point" not in state
+    assert update.point(values, state) is values
+
+
 def test_a_step_does_not_depend_on_the_scale_of_the_weights() -> None:
     """Weights a hundred times as large have slopes a hundredth; they move a hundred times as far."""
     slopes = np.random.default_rng(1).normal(size=(12, 4)) * 30
@@ -81,7 +100,7 @@ def test_an_outlier_counts_for_five_times_the_usual_slope() -> None:
     clipped = np.array([-5, 1, 1, 1])
     rate = 0.02 * 4 / ((16 + np.sum(clipped**2)) / 20) / 1.04
     z = np.array(directions(0, 5, 4, SIZE).part([*range(4)], 0, SIZE), np.float64)
-    moved = np.array(after[4][0]) - np.array(after[3][0])
+    moved = np.array(after[4][1]["point"]) - np.array(after[3][1]["point"])
     assert np.allclose(moved, -rate * clipped @ z / 4, atol=1e-7)
 
 
@@ -133,8 +152,10 @@ def test_after_an_explosion_the_run_goes_on_from_the_best_window_at_half_the_rat
     at = 50 if bad == "rising" else 31  # the first window ends with step 25, the second with step 50
     assert news[at - 2] == {"event": "returned", "step": 25, "halvings": 1}
     assert [e for e in news[4 : at - 2] if e] == []
-    assert mx.array_equal(after[at - 1][0], after[24][0])
-    assert not mx.array_equal(after[at - 2][0], after[24][0])
+    values, state = after[at - 1]
+    assert mx.array_equal(values, after[24][1]["point"])
+    assert mx.array_equal(state["point"], after[24][1]["point"])
+    assert not mx.array_equal(after[at - 2][1]["point"], after[24][1]["point"])
     before, then = (update.learning_rate(after[i][1]) for i in (28, -1))
     halvings = after[-1][1]["control"]["halvings"].item()
     if bad == "rising":

@@ -34,7 +34,7 @@ def read(content: bytes) -> Found:
     if crc != zlib.crc32(content[: 12 + length]):
         raise ValueError("header damaged")
     header = json.loads(content[12 : 12 + length])
-    if header["version"] != 3:
+    if header["version"] != 4:
         raise ValueError("other rules")
     trained = sum(end - start for start, end in header["trained"])
     exact = header["config"]["gradient"] == "exact"
@@ -95,7 +95,7 @@ def replay(found: Found, model: Path) -> np.ndarray:
     everything = np.concatenate([arrays[f"{path}.values"] for path in json.loads(metadata["tensors"])])
     places = np.concatenate([np.arange(start, end) for start, end in found.header["trained"]])
     origin = everything[places]
-    values = good = origin
+    values = point = good = origin
     seen, square, halvings, window = 0, F(0), 0, [F(0), F(0), F(0)]
     lowest, spread = F(3.4028235e38), F(0)
     for step, _, _, loss, slopes in found.records:
@@ -113,7 +113,7 @@ def replay(found: Found, model: Path) -> np.ndarray:
         if seen >= 16 and square > 0:
             rate = 0.02 * q / float(square) / (1 + (step - 1) / 100) * 2.0**-halvings
         gradient = estimate(found.header["config"]["seed"], step, slopes, len(origin))
-        values = origin + ((values - origin) - F(rate) * gradient)
+        point = origin + ((point - origin) - F(rate) * gradient)
         back = not finite
         if finite:
             count, total, squares = (float(w) + add for w, add in zip(window, (1, loss, loss**2), strict=True))
@@ -124,10 +124,12 @@ def replay(found: Found, model: Path) -> np.ndarray:
                 margin = max(abs(float(lowest)) / 4, 8 * math.sqrt(float(spread) / 25))
                 back = mean > float(lowest) + margin
                 if not back and mean < float(lowest):
-                    lowest, spread, good = F(mean), F(variance), values
+                    lowest, spread, good = F(mean), F(variance), point
                 window = [F(0), F(0), F(0)]
+        values = values + F(9 / (step + 8)) * (point - values)
         if back:
-            values, halvings, window = good, halvings + 1, [F(0), F(0), F(0)]
+            values = point = good
+            halvings, window = halvings + 1, [F(0), F(0), F(0)]
     everything[places] = values
     return everything
 

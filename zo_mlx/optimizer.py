@@ -20,6 +20,10 @@ State = dict[str, Any]
 # These divide by the size of the gradient, and their learning rates are what values move by.
 SCALE_FREE = {"adam", "adamw", "lion"}
 
+# The weight of what a step leads to, in the average that is the result: (1 + ETA) / (step + ETA), so that the last
+# part of the steps, one in 1 + ETA of them, counts (Shamir and Zhang 2013, arXiv 1212.1824, section 4).
+ETA = 8
+
 # Rates of the user's own that are so many times lower than those that would be chosen are taken for a mistake.
 TOO_LOW = 10
 
@@ -28,6 +32,8 @@ class Optimizer:
     """Values, state, and a step's record and directions in; new values and state out.
 
     The rule sees how far the values are from where they began. So weight decay draws them back there, not to zero.
+    Where the learning rates are chosen, they stay high enough for the values to wander: the result is an average over
+    the last steps then, and the next step is taken from elsewhere, at `point`.
 
     Args:
         config: resolved; optimizer, its arguments, epsilon and the schedule of learning rates are read. Without a
@@ -61,13 +67,20 @@ class Optimizer:
         self._watched = self._watch.state if self._watch else {}
         steps = mx.array(np.linspace(0, config.iters, 101, dtype=int))
         self._highest = max(float(schedule(step)) for step in steps) if schedule else 0.0
+        self._averages = config.lr_schedule is None
         self.state: State = {"rule": self._rule.state}
+        if self._averages:
+            self.state["point"] = origin
         if self._control:
             self.state["control"] = self._control.state
 
     def learning_rate(self, state: State) -> float:
         """Of the last step."""
         return float(state["rule"]["learning_rate"].item())
+
+    def point(self, values: mx.array, state: State) -> mx.array:
+        """(K,) from where the next step is to be taken: the values themselves unless these are an average."""
+        return state.get("point", values)
 
     def epsilon(self, state: State) -> float:
         """How far the next step's branches are to lie from the values."""
@@ -113,7 +126,7 @@ class Optimizer:
     def apply(
         self, values: mx.array, state: State, record: Record, directions: Directions | None = None
     ) -> tuple[mx.array, State]:
-        """One update of (K,) values. `state` is left as it is.
+        """One step's update of (K,) values, which are the result so far. `state` is left as it is.
 
         Args:
             directions: the record's; None if its slopes are those along each of the K values.
@@ -125,12 +138,18 @@ class Optimizer:
             rate = self._control.learning_rate(control, record, self._scale_free)
             self._rule.state["learning_rate"] = mx.array(self._share * rate)
         gradient = mx.array(slopes) if directions is None else directions.mean(slopes)
-        moved = self._rule.apply_gradients({"values": gradient}, {"values": values - self._origin})["values"]
-        values = self._origin + moved
+        away = self.point(values, state) - self._origin
+        point = self._origin + self._rule.apply_gradients({"values": gradient}, {"values": away})["values"]
+        back = False
         if self._control:
-            values, new["control"], back = self._control.settle(control, record, values)
+            point, new["control"], back = self._control.settle(control, record, point)
             if back:  # what was gathered on the way to an explosion is of no use
                 self._rule.state = tree_map(lambda leaf: leaf, self.state["rule"])
+        if self._averages:
+            new["point"] = point
+            values = point if back else values + (1 + ETA) / (record.step + ETA) * (point - values)
+        else:
+            values = point
         new["rule"] = self._rule.state
         mx.async_eval(values, new)  # what is next to be waited for, waits for this as well
         return values, new

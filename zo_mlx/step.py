@@ -111,7 +111,7 @@ def step(
     Args:
         loss: from `make_loss`.
         optimizer: gives the update rule.
-        values: (K,) float32.
+        values: (K,) float32, the result of the steps before; the step is taken from the optimizer's `point`.
         state: the optimizer's.
         examples: B of them; a multiple of q where the estimator divides them among the directions.
         number: of the step, from 1.
@@ -123,7 +123,8 @@ def step(
     """
     directions = estimator.directions(config.seed, number, filled(config.directions), values.size, config.law, scale)
     method, epsilon = estimator.ESTIMATORS[config.estimator], optimizer.epsilon(state)
-    losses = loss(method.branches(values, directions, epsilon), method.shares(examples, len(directions)))
+    branches = method.branches(optimizer.point(values, state), directions, epsilon)
+    losses = loss(branches, method.shares(examples, len(directions)))
     mean, slopes = method.slopes(losses, epsilon)
     record = Record(number, mean.item(), np.array(slopes))  # type: ignore[arg-type]
     return *optimizer.apply(values, state, record, directions), record
@@ -138,7 +139,7 @@ def exact_step(
     number: int,
 ) -> tuple[mx.array, State, Record]:
     """`step` with the exact gradient, which is rounded to bfloat16: the record holds the slope along each value."""
-    loss, exact = gradient(values, examples)
+    loss, exact = gradient(optimizer.point(values, state), examples)
     rounded = exact.astype(mx.bfloat16).astype(mx.float32)
     record = Record(number, loss, np.array(rounded))
     return *optimizer.apply(values, state, record), record
