@@ -16,7 +16,7 @@ from zo_mlx.config import TrainConfig, resolved
 from zo_mlx.data import Example, Target, load_dataset
 from zo_mlx.estimator import Branches, TwoSided, Vectors, directions
 from zo_mlx.exact import ExactGradient
-from zo_mlx.fit import blocks_that_fit, exact_tokens_that_fit, tokens_that_fit
+from zo_mlx.fit import _largest_that_fits, blocks_that_fit, exact_tokens_that_fit, tokens_that_fit
 from zo_mlx.head import Head, split_head
 from zo_mlx.journal import Journal
 from zo_mlx.memory import peak_of
@@ -105,6 +105,23 @@ def test_a_step_of_a_real_model_stays_within_the_limit(last: int, smollm2: Path)
     assert 256 <= fit < 8 * 256
     assert peak(fit, limit) <= 1.01 * limit
     assert alone == pytest.approx(least, rel=0.1)
+
+
+@pytest.mark.parametrize("curve", [0, 40_000])
+def test_looking_for_the_limit_does_not_exceed_it(curve: int) -> None:
+    held = mx.get_active_memory()
+    for room in range(5_000_000, 60_000_000, 777_777):
+        tried: list[int] = []
+
+        def peak(rows: int, tried: list[int] = tried) -> int:
+            tried.append(held + 1_000_000 + 1_000_000 * rows + curve * rows**2)
+            return tried[-1]
+
+        fit, _ = _largest_that_fits(held + room, 100, 32, peak)
+        assert max(tried) <= held + room
+        aim = held + 0.7 * room
+        assert peak(fit // 100) <= aim
+        assert fit == 3200 or peak(fit // 100 + 2) > aim, "a row less than could be"
 
 
 def test_a_limit_is_recorded_and_changes_nothing_but_rounding(tiny: Path, choice_data: Path, tmp_path: Path) -> None:

@@ -98,9 +98,10 @@ def longest_batch(examples: Sequence[Example], size: int, prefix: Prefix | None)
 def _largest_that_fits(limit: int, row: int, most: int, peak: Callable[[int], int]) -> tuple[int, int]:
     """How many tokens may go through the model together.
 
-    Passes of twice as many rows are tried until one takes too much, or the whole step fits. In between, a straight line
-    is on the safe side: small passes take little more than a layer's weights, larger ones more for each token. What
-    shorter examples take is less.
+    Passes of twice as many rows are tried until one takes too much, or the whole step fits; but of no more than would
+    take too much if each row took as many bytes as the last ones did, so that looking for the limit does not exceed
+    it. In between, a straight line is on the safe side: small passes take little more than a layer's weights, larger
+    ones more for each token. What shorter examples take is less.
 
     Args:
         limit: in bytes.
@@ -112,12 +113,16 @@ def _largest_that_fits(limit: int, row: int, most: int, peak: Callable[[int], in
         Tokens, which may be fewer than an example's; and the bytes that a pass takes with an example at a time.
     """
     aim = with_margin(limit)
-    fit, taken = row, (alone := peak(1))
+    rows, taken = 1, (alone := peak(1))
     if alone > aim:
         return 1, alone
-    for rows in [*(2**i for i in range(1, most.bit_length())), most]:
-        if row * rows > fit:
-            if (more := peak(rows)) > aim:
-                return int(fit + (row * rows - fit) * (aim - taken) / (more - taken)), alone
-            fit, taken = row * rows, more
-    return fit, alone
+    more = min(2, most)
+    while more > rows:
+        found = peak(more)
+        each = (found - taken) / (more - rows)
+        if found > aim:
+            return int(row * (rows + (aim - taken) / each)), alone
+        rows, taken, more = more, found, min(2 * more, most)
+        if each > 0:
+            more = min(more, rows + int((aim - taken) / each))
+    return row * rows, alone
