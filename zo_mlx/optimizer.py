@@ -67,9 +67,8 @@ class Optimizer:
         self._watched = self._watch.state if self._watch else {}
         steps = mx.array(np.linspace(0, config.iters, 101, dtype=int))
         self._highest = max(float(schedule(step)) for step in steps) if schedule else 0.0
-        self._averages = config.lr_schedule is None
         self.state: State = {"rule": self._rule.state}
-        if self._averages:
+        if config.lr_schedule is None:
             self.state["point"] = origin
         if self._control:
             self.state["control"] = self._control.state
@@ -145,7 +144,7 @@ class Optimizer:
             point, new["control"], back = self._control.settle(control, record, point)
             if back:  # what was gathered on the way to an explosion is of no use
                 self._rule.state = tree_map(lambda leaf: leaf, self.state["rule"])
-        if self._averages:
+        if "point" in state:
             new["point"] = point
             values = point if back else values + (1 + ETA) / (record.step + ETA) * (point - values)
         else:
