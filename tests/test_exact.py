@@ -197,7 +197,7 @@ def test_the_default_rate_rises_and_falls(tiny: Path, choice_data: Path, tmp_pat
         first, second = 0.9 * first + 0.1 * g, 0.999 * second + 0.001 * g**2
         rate = 0.01 * min(t / 10, 1) / (1 + (t - 1) / 100) * np.sqrt(np.mean(origin**2))
         points.append(points[-1] - rate * (first / (1 - 0.9**t)) / (np.sqrt(second / (1 - 0.999**t)) + 1e-8))
-    values = np.average(points[1:], axis=0, weights=[math.comb(i + 7, 8) for i in range(1, 14)])
+    values = np.average(points[1:], axis=0, weights=[math.comb(i + 3, 4) for i in range(1, 14)])
     np.testing.assert_allclose(_values(tmp_path / "a"), values, atol=1e-4 * np.abs(values - origin).max())
 
 

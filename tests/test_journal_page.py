@@ -126,7 +126,7 @@ def replay(found: Found, model: Path) -> np.ndarray:
                 if not back and mean < float(lowest):
                     lowest, spread, good = F(mean), F(variance), point
                 window = [F(0), F(0), F(0)]
-        values = values + F(9 / (step + 8)) * (point - values)
+        values = values + F(5 / (step + 4)) * (point - values)
         if back:
             values = point = good
             halvings, window = halvings + 1, [F(0), F(0), F(0)]

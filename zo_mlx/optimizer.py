@@ -22,7 +22,7 @@ SCALE_FREE = {"adam", "adamw", "lion"}
 
 # The weight of what a step leads to, in the average that is the result: (1 + ETA) / (step + ETA), so that the last
 # part of the steps, one in 1 + ETA of them, counts (Shamir and Zhang 2013, arXiv 1212.1824, section 4).
-ETA = 8
+ETA = 4
 
 # Rates of the user's own that are so many times lower than those that would be chosen are taken for a mistake.
 TOO_LOW = 10
