@@ -139,14 +139,13 @@ class Optimizer:
         gradient = mx.array(slopes) if directions is None else directions.mean(slopes)
         away = self.point(values, state) - self._origin
         point = self._origin + self._rule.apply_gradients({"values": gradient}, {"values": away})["values"]
-        back = False
         if self._control:
             point, new["control"], back = self._control.settle(control, record, point)
             if back:  # what was gathered on the way to an explosion is of no use
-                self._rule.state = tree_map(lambda leaf: leaf, self.state["rule"])
+                self._rule.state, values = tree_map(lambda leaf: leaf, self.state["rule"]), point
         if "point" in state:
             new["point"] = point
-            values = point if back else values + (1 + ETA) / (record.step + ETA) * (point - values)
+            values = values + (1 + ETA) / (record.step + ETA) * (point - values)
         else:
             values = point
         new["rule"] = self._rule.state
