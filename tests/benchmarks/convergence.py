@@ -1,4 +1,4 @@
-"""Loss and accuracy against forward passes: our defaults, the paper's recipe, other estimators, masks and LoRA.
+"""Loss and accuracy against forward passes: our defaults, the paper's recipe, other estimators, masks, MeZO and LoRA.
 
     python tests/benchmarks/convergence.py --data DIR [--tasks sst2,trec] [--arms default,spsa-0.0002] [--seeds 0,1]
         [--rows 9600] [--results FILE] [--plot FILE]
@@ -6,7 +6,8 @@
 DIR holds a directory of JSON lines for each task. The budget is rows of the batch that went forward, so that arms
 compare: SPSA with batches of 16 takes 32 a step, 600 passes of its batch are 9600. Those of LoRA and of exact gradients
 count three times, for the backward pass; through some of the blocks a row counts for as much as they are of all.
-Validation is at 1/9, 1/3, 2/3 and all of the budget, on the first `--valid` examples. Results go to a file of JSON
+MeZO, on all weights, and LoRA train the base model's weights, dequantized to float32.
+Validation is before, at 1/9, 1/3, 2/3 and all of the budget, on the first `--valid` examples. Results go to a file of JSON
 lines, one for each arm, task and seed; what is there is not run again. An arm with `mask` or `density` needs the model
 converted so, which is done once, in `--work`.
 """
@@ -21,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from baselines import dense_model, lora_step
+from baselines import Mezo, dense_model, lora_step
 from matplotlib.figure import Figure
 
 from zo_mlx.batches import batch_order
@@ -65,10 +66,11 @@ ARMS: dict[str, dict[str, Any]] = {
     "density-1e-2": {"density": 1e-2},
     "tensor": {"scope": "tensor"},
     "exact": {"gradient": "exact"},
+    **{f"mezo-{rate:g}": {"batch_size": 16, "rate": rate} for rate in (1e-7, 3e-7, 1e-6)},
     "lora": {"batch_size": 16},
 }
 CONVERSION = ("mask", "density", "scope")
-PARTS = (1 / 9, 1 / 3, 2 / 3, 1)
+NINTHS = (0, 1, 3, 6, 9)  # of the budget, when arms are validated
 
 
 def model_for(arm: dict[str, Any], args: argparse.Namespace) -> Path:
@@ -92,44 +94,49 @@ def zo_run(path: Path, settings: dict[str, Any], data: Path, args: argparse.Name
         last = config.num_layers or sparse.last_half()
         part = 1.0 if last == -1 else min(1.0, last / blocks)
         rows = part * rows + (1 - part) * filled(config.batch_size)
+    ninth = max(1, round(args.rows / rows / 9))
     points: Points = []
     started = time.perf_counter()
+
+    def report(event: dict[str, Any]) -> None:
+        if event["event"] == "validation" and event["iteration"] in {n * ninth for n in NINTHS}:
+            seconds = time.perf_counter() - started
+            numbers = {"loss": event["loss"], "accuracy": event["accuracy"]}
+            points.append({"rows": round(event["iteration"] * rows), "seconds": seconds, **numbers})
+
     with tempfile.TemporaryDirectory() as work:
-        for part in PARTS:
-            steps = round(part * args.rows / rows)
-            result = zo_mlx.train(
-                model=str(path), data=str(data), adapter_path=work, seed=seed, iters=steps, resume=bool(points),
-                steps_per_eval=10**9, val_batches=-(-args.valid // filled(config.batch_size)), **settings,
-            )  # fmt: skip
-            if not points:
-                points.append({"rows": 0, "seconds": 0.0, **_numbers(result.before)})
-            points.append(
-                {"rows": round(steps * rows), "seconds": time.perf_counter() - started, **_numbers(result.after)}
-            )
+        zo_mlx.train(
+            model=str(path), data=str(data), adapter_path=work, seed=seed, iters=9 * ninth, steps_per_eval=ninth,
+            val_batches=-(-args.valid // filled(config.batch_size)), report=report, **settings,
+        )  # fmt: skip
     return points
 
 
-def lora_run(path: Path, settings: dict[str, Any], data: Path, args: argparse.Namespace, seed: int) -> Points:
-    """The same of mlx-lm's LoRA step, on the base model's weights."""
+def dense_run(path: Path, settings: dict[str, Any], data: Path, args: argparse.Namespace, seed: int) -> Points:
+    """The same of MeZO's loop if there is a `rate`, else of mlx-lm's LoRA step."""
     _, tokenizer, _, _ = load_sparse(path)
     train_set, valid_set = (load_dataset(data / f"{s}.jsonl", tokenizer, 2048) for s in ("train", "valid"))
     valid_set.examples = valid_set.examples[: args.valid]
-    model, size = dense_model(path), settings["batch_size"]
-    lora, head = lora_step(model), split_head(model)
-    points, rows, started = [], 0, time.perf_counter()
-    for part in (0, *PARTS):
-        while rows < part * args.rows:
-            epoch, position = divmod(rows // (3 * size), len(train_set) // size)
+    model, size, rate = dense_model(path), settings["batch_size"], settings.get("rate")
+    train = lora_step(model) if rate is None else None
+    head = split_head(model)
+    mezo = Mezo(model, head, None)
+    passes = 3 if train else 2
+    points, step, started = [], 0, time.perf_counter()
+    for ninth in NINTHS:
+        while step * size * passes < ninth / 9 * args.rows:
+            epoch, position = divmod(step, len(train_set) // size)
             order = batch_order(train_set.examples, size, seed, epoch)
-            lora([train_set.examples[i] for i in order[position]])
-            rows += 3 * size
-        numbers = _numbers(evaluate_dataset(head, valid_set, 16, progress=False))
-        points.append({"rows": rows, "seconds": time.perf_counter() - started, **numbers})
+            batch = [train_set.examples[i] for i in order[position]]
+            if train:
+                train(batch)
+            else:
+                mezo.step(batch, 1000 * seed + step, rate=rate)
+            step += 1
+        found = evaluate_dataset(head, valid_set, 16, progress=False)
+        seconds, numbers = time.perf_counter() - started, {"loss": found.loss, "accuracy": found.accuracy}
+        points.append({"rows": step * size * passes, "seconds": seconds, **numbers})
     return points
-
-
-def _numbers(evaluation: Any) -> dict[str, float]:
-    return {"loss": evaluation.loss, "accuracy": evaluation.accuracy}
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -190,7 +197,7 @@ def main() -> None:
                 if any((r["task"], r["arm"], r["seed"]) == (task, name, seed) for r in read(path)):
                     continue
                 settings = {k: v for k, v in ARMS[name].items() if k not in CONVERSION}
-                run = lora_run if name == "lora" else zo_run
+                run = dense_run if name == "lora" or "rate" in settings else zo_run
                 with bounded_cache():
                     points = run(model_for(ARMS[name], args), settings, Path(args.data) / task, args, seed)
                 with path.open("a") as f:

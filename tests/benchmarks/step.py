@@ -55,6 +55,7 @@ def measure(run: Callable[[], object]) -> tuple[float, int]:
     mx.reset_peak_memory()
     started = time.perf_counter()
     run()
+    mx.synchronize()
     return time.perf_counter() - started, mx.get_peak_memory() - before
 
 
