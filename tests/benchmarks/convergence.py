@@ -6,10 +6,10 @@
 DIR holds a directory of JSON lines for each task. The budget is rows of the batch that went forward, so that arms
 compare: SPSA with batches of 16 takes 32 a step, 600 passes of its batch are 9600. Those of LoRA and of exact gradients
 count three times, for the backward pass; through some of the blocks a row counts for as much as they are of all.
-MeZO, on all weights, and LoRA train the base model's weights, dequantized to float32.
-Validation is before, at 1/9, 1/3, 2/3 and all of the budget, on the first `--valid` examples. Results go to a file of JSON
-lines, one for each arm, task and seed; what is there is not run again. An arm with `mask` or `density` needs the model
-converted so, which is done once, in `--work`.
+MeZO, on all weights, and LoRA train the base model's weights, dequantized to float32. Validation is before, at 1/9,
+1/3, 2/3 and all of the budget, on the first `--valid` examples. Results go to a file of JSON lines, one for each arm,
+task and seed; what is there is not run again. An arm with `mask` or `density` needs the model converted so, which is
+done once, in `--work`.
 """
 
 import zo_mlx  # isort: skip  # noqa: F401  (first, so that MLX gets a fast BLAS)
