@@ -3,6 +3,7 @@
 import zo_mlx  # isort: skip  (first, so that MLX gets a fast BLAS)
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from zo_mlx.index import SensitiveIndex, SensitiveTensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from smollm2 import smollm2_path
+
+os.environ.setdefault("MLX_ENABLE_TF32", "0")  # products of float32 are compared to its rounding, on CUDA, too
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 

@@ -127,12 +127,13 @@ _NAMES = {
 
 
 def load_sparse(
-    directory: Path, spread: bool = False
+    directory: Path, spread: bool = False, float32: bool = True
 ) -> tuple[SparseModel, TokenizerWrapper, SensitiveIndex, dict[str, Any]]:
     """Load a base model with its sensitive weights attached, ready for the default device.
 
     Args:
         spread: load this rank's part of it only; all ranks compute together.
+        float32: compute in float32 on a GPU, too, as random directions need it; else in the model's dtype.
 
     Returns:
         The sparse model (no values set: it computes as the base model), tokenizer, index, and the model's config.
@@ -143,7 +144,10 @@ def load_sparse(
     model, config = load_stock_model(directory, lazy=spread)
     index = checked_index(directory)
     tokenizer = load_tokenizer_of(directory, config)
-    sparse = shard(model, load_stock_model(directory, True)[0], index) if spread else SparseModel(prepare(model), index)
+    if spread:
+        sparse = shard(model, load_stock_model(directory, True)[0], index)
+    else:
+        sparse = SparseModel(prepare(model, float32), index)
     return sparse, tokenizer, index, config
 
 
@@ -174,7 +178,7 @@ def load(path: str | Path, adapter_path: str | Path | None = None) -> tuple[nn.M
     if adapter_path is None:
         model, config = load_stock_model(directory)
         return prepare(model), load_tokenizer_of(directory, config)
-    sparse, tokenizer, index, _ = load_sparse(directory)
+    sparse, tokenizer, index, _ = load_sparse(directory, float32=False)
     sparse.set_values(read_values(Path(adapter_path), directory, index)[None], keep=True)
     return sparse.model, tokenizer
 

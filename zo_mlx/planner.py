@@ -110,20 +110,23 @@ def plan(
     found, index = read_config(model)
     tokens = max(1, min(config.max_seq_length, context_length(found)))
 
-    def make() -> Any:
-        return skeleton(found, q_bits, q_group_size)
+    def make(float32: bool = False) -> Any:
+        return skeleton(found, q_bits, q_group_size, float32)
 
     ways = {gradient: replace(config, gradient=gradient) for gradient in ("zo", "exact")}
     rows = {name: filled(resolved(own).batch_size) for name, own in ways.items()}
     with bounded_cache(), Progress("Steps of a model of zeros", 3, "method", progress) as bar:
         peak = _measured(Path(model), ways[measure], rows[measure], tokens) if measure else None
-        weights, needs = bytes_of(make()), dict[str, Need]()
+        needs = dict[str, Need]()
         for name, own in ways.items():
-            needs[name] = _need(weights, Miniature(make(), index, density, own), rows[name], tokens)
+            float32 = name == "zo"
+            small = Miniature(make(float32), index, density, own)
+            needs[name] = _need(bytes_of(make(float32)), small, rows[name], tokens)
             bar.advance()
         lora = LoraMiniature(make, config.num_layers)
         above = line(lambda rows: lora.activations(rows, tokens))
-        needs["lora"], rows["lora"] = Need(weights, lora.trained_bytes, lora.trainable, above, None, None), rows["zo"]
+        needs["lora"] = Need(bytes_of(make()), lora.trained_bytes, lora.trainable, above, None, None)
+        rows["lora"] = rows["zo"]
         bar.advance()
         result: dict[str, Any] = {
             "model": model,
@@ -181,7 +184,7 @@ def _within(name: str, limit: int, needs: dict[str, Need]) -> dict[str, Any]:
 def _measured(directory: Path, config: TrainConfig, rows: int, tokens: int) -> int:
     """The most that MLX holds during a step of a converted model all of whose tokens are targets, weights included."""
     before = mx.get_active_memory()
-    sparse, _, index, _ = load_sparse(directory)
+    sparse, _, index, _ = load_sparse(directory, float32=config.gradient == "zo")
     steps = Steps(sparse, index, config)
     return mx.get_active_memory() - before + steps.peak(rows, tokens, texts=True)
 

@@ -2,6 +2,8 @@
 
 On a GPU `mx.quantized_matmul` is the fast kernel. On the CPU backend it is 20 to 170 times slower than dequantizing
 and multiplying in float32, except for a row or two, and 16-bit products are slow too: there, activations are float32.
+So they are on a GPU where losses are compared whose weights hardly differ: random directions learn half as much from
+bfloat16 (docs/numbers.md).
 """
 
 from collections.abc import Callable
@@ -110,7 +112,7 @@ def product(layer: nn.Module, x: mx.array, rows: slice, after: mx.array, back: l
     elif on_cpu() and x.size // x.shape[-1] > CPU_QUANTIZED_ROWS:
         y = _dequantized_product(layer, x, rows, after, back)
     else:
-        scales, biases = _scales(layer, rows, cast=on_cpu())
+        scales, biases = _scales(layer, rows, cast=x.dtype == mx.float32)
         y = mx.quantized_matmul(x, layer.weight[rows], scales, biases, transpose=True, **_settings(layer))
     return y + layer.bias[rows] if "bias" in layer else y
 
@@ -152,15 +154,15 @@ def linear(
     return made[1] if len(made) == 2 else mx.concatenate(made[1:], axis=-1)
 
 
-class CpuQuantizedLinear(nn.QuantizedLinear):
-    """`nn.QuantizedLinear` that dequantizes and multiplies in float32."""
+class Float32QuantizedLinear(nn.QuantizedLinear):
+    """`nn.QuantizedLinear` that multiplies in float32, whatever the dtype of its scales."""
 
     def __call__(self, x: mx.array) -> mx.array:
         return linear(self, x)
 
 
-class CpuQuantizedEmbedding(nn.QuantizedEmbedding):
-    """`nn.QuantizedEmbedding` in float32, whose use as an output head dequantizes and multiplies."""
+class Float32QuantizedEmbedding(nn.QuantizedEmbedding):
+    """`nn.QuantizedEmbedding` in float32."""
 
     def __call__(self, x: mx.array) -> mx.array:
         return dequantized(self, x)
@@ -169,23 +171,23 @@ class CpuQuantizedEmbedding(nn.QuantizedEmbedding):
         return linear(self, x)
 
 
-_CPU_CLASSES: dict[type, type] = {
-    nn.QuantizedLinear: CpuQuantizedLinear,
-    nn.QuantizedEmbedding: CpuQuantizedEmbedding,
+_FLOAT32_CLASSES: dict[type, type] = {
+    nn.QuantizedLinear: Float32QuantizedLinear,
+    nn.QuantizedEmbedding: Float32QuantizedEmbedding,
 }
 
 
-def prepare(model: nn.Module) -> nn.Module:
-    """Make a loaded model fast on the default device: on the CPU float32 and dequantizing layers, else unchanged."""
-    if on_cpu():
+def prepare(model: nn.Module, float32: bool = False) -> nn.Module:
+    """Make a loaded model fast on the default device: unchanged on a GPU, unless activations are to be `float32`."""
+    if float32 or on_cpu():
         for _, module in model.named_modules():
             # The class changes, not the module: parameters keep their places and their paths.
-            if (replacement := _CPU_CLASSES.get(type(module))) is not None:
+            if (replacement := _FLOAT32_CLASSES.get(type(module))) is not None:
                 module.__class__ = replacement
         model.apply(lambda a: a.astype(mx.float32) if mx.issubdtype(a.dtype, mx.floating) else a, _to_be_float32)
     return model
 
 
 def _to_be_float32(module: nn.Module, name: str, value: Any) -> bool:
-    kept = isinstance(module, tuple(_CPU_CLASSES.values())) and name in ("scales", "biases")
+    kept = isinstance(module, tuple(_FLOAT32_CLASSES.values())) and name in ("scales", "biases")
     return not kept and nn.Module.valid_parameter_filter(module, name, value)

@@ -84,7 +84,7 @@ class Provider(ModelProvider):  # type: ignore[misc]
     def _open(self, directory: Path) -> None:
         args = self.cli_args
         if self._paths:
-            self._sparse, self._tokenizer, index, _ = load_sparse(directory)
+            self._sparse, self._tokenizer, index, _ = load_sparse(directory, float32=False)
             self._model = self._sparse.model
             self._values.update({name: read_values(path, directory, index) for name, path in self._paths.items()})
         else:

@@ -49,7 +49,7 @@ class Setup:
         self.config, self.report, self.ranks = config, report, ranks
         model, data = Path(config.model), Path(config.data)
         self.sparse, self.tokenizer, index, model_config = load_sparse(
-            model, spread=ranks.count > 1 and config.split == "model"
+            model, spread=ranks.count > 1 and config.split == "model", float32=config.gradient == "zo"
         )
         self.sizes = {path: tensor.size for path, tensor in index.tensors.items()}
         self.metric = None if config.objective == CROSS_ENTROPY else Metric(config.objective)

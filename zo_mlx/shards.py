@@ -110,7 +110,7 @@ def shard(model: nn.Module, twin: nn.Module, index: SensitiveIndex) -> SparseMod
             own[place] = which, whole.size
     ordered = {place: tensors[place] for path in index.tensors for place in (path, f"{path}.layer") if place in tensors}
     mx.eval(model.parameters())
-    return SparseModel(prepare(model), SensitiveIndex(ordered), own)
+    return SparseModel(prepare(model, float32=True), SensitiveIndex(ordered), own)
 
 
 def numbered(layer: nn.Module) -> nn.Module:

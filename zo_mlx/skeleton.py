@@ -47,11 +47,12 @@ def read_config(model: str) -> tuple[dict[str, Any], SensitiveIndex | None]:
     return read_json(Path(file)), None
 
 
-def skeleton(config: dict[str, Any], bits: int = 4, group_size: int = 64) -> nn.Module:
+def skeleton(config: dict[str, Any], bits: int = 4, group_size: int = 64, float32: bool = False) -> nn.Module:
     """The model that `zo-mlx convert` would make, ready for the default device, of zeros that are made when first used.
 
     Args:
         config: the content of config.json; its own quantization by MLX comes before `bits` and `group_size`.
+        float32: as for `product.prepare`.
 
     Raises:
         UsageError: mlx-lm cannot make a model of it.
@@ -77,7 +78,7 @@ def skeleton(config: dict[str, Any], bits: int = 4, group_size: int = 64) -> nn.
         model.update(tree_map(lambda a: mx.zeros(a.shape, a.dtype), model.parameters()))
     except Exception as e:  # whatever an architecture raises on a config that it does not expect
         raise UsageError(f"mlx-lm cannot make a model of this config: {str(e)[:300] or type(e).__name__}") from None
-    return prepare(model)
+    return prepare(model, float32)
 
 
 def bytes_of(module: nn.Module) -> int:
