@@ -157,18 +157,19 @@ def table(results: list[dict[str, Any]]) -> None:
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """Validation loss against rows, one panel for each task."""
-    tasks = sorted({r["task"] for r in results})
-    figure = Figure(figsize=(4 * len(tasks), 3.6), layout="constrained")
+    """Validation loss against rows, one panel for each task; lines are medians over seeds."""
+    tasks, arms = sorted({r["task"] for r in results}), sorted({r["arm"] for r in results})
+    figure = Figure(figsize=(3.2 * len(tasks), 3.4), layout="constrained")
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-        for arm in sorted({r["arm"] for r in results if r["task"] == task}):
+        for number, arm in enumerate(arms):
             own = [r["points"] for r in results if (r["task"], r["arm"]) == (task, arm)]
-            median = [statistics.median(p["loss"] for p in points) for points in zip(*own, strict=True)]
-            axes.plot([p["rows"] for p in own[0]], median, marker="o", label=arm)
+            if own:
+                median = [statistics.median(p["loss"] for p in points) for points in zip(*own, strict=True)]
+                axes.plot([p["rows"] for p in own[0]], median, f"C{number}", marker=".", label=arm)
         axes.set_title(task)
         axes.set_xlabel("rows forward")
     figure.axes[0].set_ylabel("validation loss, nats")
-    figure.axes[0].legend(fontsize="small")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), fontsize="small", ncols=len(arms), loc="outside lower center")
     figure.savefig(path, dpi=120)
 
 
@@ -181,19 +182,20 @@ def main() -> None:
     parser.add_argument("--arms", default="default,spsa-5e-05,spsa-0.0001,spsa-0.0002,two-sided,lora")
     parser.add_argument("--seeds", default="0,1")
     parser.add_argument("--rows", type=int, default=9600)
-    parser.add_argument("--valid", type=int, default=200)
+    parser.add_argument("--valid", type=int, default=208, help="a multiple of 16, so that all arms see the same")
     parser.add_argument("--work", default="convergence", metavar="DIR", help="where models are converted to")
     parser.add_argument("--results", default="convergence.jsonl", metavar="FILE")
     parser.add_argument("--plot", metavar="FILE")
     args = parser.parse_args()
-    if unknown := set(args.arms.split(",")) - ARMS.keys():
+    tasks, arms = args.tasks.split(","), args.arms.split(",")
+    if unknown := set(arms) - ARMS.keys():
         parser.error(f"no such arms: {', '.join(sorted(unknown))}; there are {', '.join(ARMS)}")
-    if not args.hf_path and any(key in ARMS[name] for name in args.arms.split(",") for key in CONVERSION):
+    if not args.hf_path and any(key in ARMS[name] for name in arms for key in CONVERSION):
         parser.error("some of the arms need --hf-path, a model to convert")
     path = Path(args.results)
     for seed in map(int, args.seeds.split(",")):
-        for task in args.tasks.split(","):
-            for name in args.arms.split(","):
+        for task in tasks:
+            for name in arms:
                 if any((r["task"], r["arm"], r["seed"]) == (task, name, seed) for r in read(path)):
                     continue
                 settings = {k: v for k, v in ARMS[name].items() if k not in CONVERSION}
@@ -203,9 +205,10 @@ def main() -> None:
                 with path.open("a") as f:
                     f.write(json.dumps({"task": task, "arm": name, "seed": seed, "points": points}) + "\n")
                 table(read(path)[-1:])
-    table(read(path))
+    shown = [r for r in read(path) if r["task"] in tasks and r["arm"] in arms]
+    table(shown)
     if args.plot:
-        draw(read(path), Path(args.plot))
+        draw(shown, Path(args.plot))
 
 
 if __name__ == "__main__":
