@@ -169,7 +169,8 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         axes.set_title(task)
         axes.set_xlabel("rows forward")
     figure.axes[0].set_ylabel("validation loss, nats")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), fontsize="small", ncols=len(arms), loc="outside lower center")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize="small", ncols=len(labels), loc="outside lower center")
     figure.savefig(path, dpi=120)
 
 
