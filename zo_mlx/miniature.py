@@ -63,7 +63,12 @@ class Steps:
         self.trained = count if last == -1 else min(last, count)
         self._trainable = Trainable(index, sparse.train_last(self.trained, index.initial_values()), 0.0)
         self._optimizer = Optimizer(resolved(config), self._trainable.initial)
+        self._at_once = resolved(replace(config, memory_limit=None)).tokens_at_once
         mx.eval(self._trainable.initial, self._optimizer.state)
+
+    def together(self, rows: int, tokens: int) -> int:
+        """How many of so many examples go through the model at once."""
+        return rows if self._at_once is None else max(1, min(rows, self._at_once // tokens))
 
     def peak(self, rows: int, tokens: int, texts: bool = False, least: bool = False) -> int:
         """The most that MLX holds during a step, in bytes, above what it held before.
@@ -76,7 +81,8 @@ class Steps:
         """
         directions = 1 if least else self._config.directions  # branches come after each other then
         config = resolved(replace(self._config, batch_size=rows, directions=directions))
-        values, optimizer, at_once, prefix = self._trainable.initial, self._optimizer, 1 if least else None, None
+        values, optimizer, prefix = self._trainable.initial, self._optimizer, None
+        at_once = 1 if least else self._at_once
         if self.trained < len(self.blocks.blocks):
             prefix = Prefix(self.blocks, self._sparse.first_block, tokens_at_once=at_once)
         steps = rows_of_step(config) // rows if prefix and not least else 1
@@ -108,6 +114,7 @@ class Miniature:
     Attributes:
         trainable: how many sensitive weights the whole model has.
         trained_bytes: what they take, with the optimizer's state.
+        together: as that of `Steps`.
     """
 
     def __init__(self, model: nn.Module, index: SensitiveIndex | None, density: float, config: TrainConfig):
@@ -127,14 +134,16 @@ class Miniature:
         filling = 3 * LOGIT_BYTES // 4 // self._steps.head.logits(state).shape[-1]
         self._filling = max(1, min(filling, SOME_TOKENS) // self._passes)
         self._prefix = 0 if config.gradient == "exact" else state.nbytes
-        self._peak = cache(self._steps.peak)
+        self.together, self._peak = self._steps.together, cache(self._steps.peak)
 
     def activations(self, rows: int, tokens: int) -> int:
         """What a step takes above weights and `trained_bytes` where few tokens are targets."""
+        rows = self.together(rows, tokens)
         return self._peak(rows, tokens) + self._left * rows * tokens
 
     def texts(self, rows: int, tokens: int) -> int:
         """The same while the logits of all tokens are made, of no more tokens than fill what is made at a time."""
+        rows = self.together(rows, tokens)
         some, length = max(1, min(rows, self._filling // tokens)), min(tokens, self._filling)
         others = rows * tokens - some * length
         return self._peak(some, length, texts=True) + self._left * rows * tokens + self._held * others

@@ -148,18 +148,18 @@ def _need(weights: int, small: Miniature, rows: int, tokens: int) -> Need:
         weights,
         small.trained_bytes,
         small.trainable,
-        line(lambda rows: small.activations(rows, tokens)),
+        line(lambda rows: small.activations(rows, tokens), small.together(MOST_BATCH, tokens)),
         lambda rows: small.texts(rows, tokens),
         small.least(rows, tokens),
     )
 
 
-def line(peak: Callable[[int], int]) -> Callable[[int], int]:
-    """A function of the number of examples, from two of its values: what examples need grows by the same for each."""
+def line(peak: Callable[[int], int], most: int = MOST_BATCH) -> Callable[[int], int]:
+    """A function of the number of examples, from two of its values: it grows by the same for each up to the `most`."""
     one = peak(1)
-    some = min(MOST_ROWS, -(-ENOUGH // one))
+    some = min(most, MOST_ROWS, -(-ENOUGH // one))
     each = (peak(some) - one) / (some - 1) if some > 1 else one  # of so much, little is not the example's
-    return lambda rows: int(one + (rows - 1) * each)
+    return lambda rows: int(one + (min(rows, most) - 1) * each)
 
 
 def _limits(memory_limit: float | None) -> list[tuple[str, int]]:

@@ -40,7 +40,7 @@ def train_one_step(path: Path, rows: int, length: int, memory_limit: float | Non
     weights = mx.get_active_memory()
     examples = examples_of(rows, length, config["vocab_size"])
     settings = resolved(TrainConfig(batch_size=rows, estimator="two-sided", gradient=gradient))
-    limit, fit = None if memory_limit is None else int(memory_limit * 1e9), None
+    limit, fit = None if memory_limit is None else int(memory_limit * 1e9), settings.tokens_at_once
     optimizer = Optimizer(settings, values)
     blocks = BlockwiseModel(sparse.model) if gradient == "exact" else None
     if blocks and limit:

@@ -74,10 +74,11 @@ def own_arms(sparse: SparseModel, config: TrainConfig, values: mx.array, tokens_
 
         return arm
 
-    rule, blocks = Optimizer(resolved(TrainConfig(gradient="exact")), values), BlockwiseModel(sparse.model)
+    exactly = resolved(TrainConfig(gradient="exact"))
+    rule, blocks = Optimizer(exactly, values), BlockwiseModel(sparse.model)
 
     def exact(keep_blocks: int) -> Callable[[list[Any], int], object]:
-        gradient = ExactGradient(sparse, head, blocks, keep_blocks=keep_blocks)
+        gradient = ExactGradient(sparse, head, blocks, None, exactly.tokens_at_once, keep_blocks)
         return lambda examples, n: exact_step(gradient, rule, values, rule.state, examples, n + 1)
 
     parts = {"step-parts": whole(make_loss(sparse, head, tokens_at_once=tokens_at_once))} if tokens_at_once else {}
