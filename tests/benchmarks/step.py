@@ -7,11 +7,12 @@ All arms run in one process, in alternation, on the same batches; the table give
 of the ratios of neighbours. `floor` is one stacked pass of the base model with the logits that a step makes, at the
 target positions and of the choices; `vocabulary` is the same with logits of the whole vocabulary there; `full` computes
 logits everywhere, as calling the model does; `step-parts` is the step in passes of at most N tokens; `exact` is a step
-with the exact gradient, which sees each row once, not in two branches, `exact-kept` with nothing computed again. With
-`--others` all arms compute with dense float32 weights, dequantized once: `mezo` perturbs all weights in place,
-`mezo-sparse` the sensitive ones, both with two passes of one direction; `lora` is mlx-lm's step (all layers, rank 8,
-Adam), also with its gradient checkpointing. With `--num-layers N` there are steps that train the last N blocks: `last`,
-and `last-warm`, for which the others have run already. The other steps train all blocks.
+with the exact gradient, which sees each row once, not in two branches, in passes of N tokens or of the default's, and
+`exact-kept` with nothing computed again. With `--others` all arms compute with dense float32 weights, dequantized once:
+`mezo` perturbs all weights in place, `mezo-sparse` the sensitive ones, both with two passes of one direction; `lora` is
+mlx-lm's step (all layers, rank 8, Adam), also with its gradient checkpointing. With `--num-layers N` there are steps
+that train the last N blocks: `last`, and `last-warm`, for which the others have run already. The other steps train all
+blocks.
 """
 
 import zo_mlx  # isort: skip  # noqa: F401  (first, so that MLX gets a fast BLAS)
@@ -78,7 +79,7 @@ def own_arms(sparse: SparseModel, config: TrainConfig, values: mx.array, tokens_
     rule, blocks = Optimizer(exactly, values), BlockwiseModel(sparse.model)
 
     def exact(keep_blocks: int) -> Callable[[list[Any], int], object]:
-        gradient = ExactGradient(sparse, head, blocks, None, exactly.tokens_at_once, keep_blocks)
+        gradient = ExactGradient(sparse, head, blocks, None, tokens_at_once or exactly.tokens_at_once, keep_blocks)
         return lambda examples, n: exact_step(gradient, rule, values, rule.state, examples, n + 1)
 
     parts = {"step-parts": whole(make_loss(sparse, head, tokens_at_once=tokens_at_once))} if tokens_at_once else {}
