@@ -1,4 +1,5 @@
 import datetime
+from typing import Any
 
 import pytest
 
@@ -60,3 +61,13 @@ def test_without_a_rate_both_rate_and_epsilon_follow_the_slopes() -> None:
     assert (given.lr_schedule, given.epsilon) == ({"name": "exponential_decay", "arguments": [0.1, 0.999]}, 1e-3)
     scheduled = TrainConfig(lr_schedule={"name": "cosine_decay", "arguments": [0.1, 9]}, epsilon=0.5)
     assert (resolved(scheduled).lr_schedule, resolved(scheduled).epsilon) == (scheduled.lr_schedule, 0.5)
+
+
+def test_exact_gradients_go_through_in_passes_unless_a_limit_decides() -> None:
+    def tokens(**settings: Any) -> int | None:
+        return resolved(TrainConfig(**settings)).tokens_at_once
+
+    assert tokens(gradient="exact") == 512
+    assert tokens(gradient="exact", tokens_at_once=40) == 40
+    assert tokens(gradient="exact", memory_limit=1.0) is None
+    assert tokens() is None
