@@ -93,7 +93,8 @@ class Run(Setup):
         Blocks that are kept are given up with the first half.
         """
         row = self.longest_row(examples)
-        before = self.config.tokens_at_once or rows_of_step(self.config) * row
+        whole = rows_of_step(self.config) * row
+        before = min(self.config.tokens_at_once or whole, whole)
         if before <= row:
             return False
         self.let_through(max(row, before // 2))
