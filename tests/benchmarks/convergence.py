@@ -100,9 +100,7 @@ def zo_run(path: Path, settings: dict[str, Any], data: Path, args: argparse.Name
 
     def report(event: dict[str, Any]) -> None:
         if event["event"] == "validation" and event["iteration"] in {n * ninth for n in NINTHS}:
-            seconds = time.perf_counter() - started
-            numbers = {"loss": event["loss"], "accuracy": event["accuracy"]}
-            points.append({"rows": round(event["iteration"] * rows), "seconds": seconds, **numbers})
+            points.append(_point(round(event["iteration"] * rows), started, event["loss"], event["accuracy"]))
 
     with tempfile.TemporaryDirectory() as work:
         zo_mlx.train(
@@ -117,26 +115,28 @@ def dense_run(path: Path, settings: dict[str, Any], data: Path, args: argparse.N
     _, tokenizer, _, _ = load_sparse(path)
     train_set, valid_set = (load_dataset(data / f"{s}.jsonl", tokenizer, 2048) for s in ("train", "valid"))
     valid_set.examples = valid_set.examples[: args.valid]
-    model, size, rate = dense_model(path), settings["batch_size"], settings.get("rate")
-    train = lora_step(model) if rate is None else None
-    head = split_head(model)
-    mezo = Mezo(model, head, None)
-    passes = 3 if train else 2
+    model, size = dense_model(path), settings["batch_size"]
+    if "rate" in settings:
+        head, rows = split_head(model), 2 * size
+        mezo = Mezo(model, head, None)
+        train = lambda batch, step: mezo.step(batch, 1000 * seed + step, rate=settings["rate"])  # noqa: E731
+    else:
+        lora, head, rows = lora_step(model), split_head(model), 3 * size
+        train = lambda batch, step: lora(batch)  # noqa: E731
     points, step, started = [], 0, time.perf_counter()
     for ninth in NINTHS:
-        while step * size * passes < ninth / 9 * args.rows:
+        while step * rows < ninth / 9 * args.rows:
             epoch, position = divmod(step, len(train_set) // size)
             order = batch_order(train_set.examples, size, seed, epoch)
-            batch = [train_set.examples[i] for i in order[position]]
-            if train:
-                train(batch)
-            else:
-                mezo.step(batch, 1000 * seed + step, rate=rate)
+            train([train_set.examples[i] for i in order[position]], step)
             step += 1
         found = evaluate_dataset(head, valid_set, 16, progress=False)
-        seconds, numbers = time.perf_counter() - started, {"loss": found.loss, "accuracy": found.accuracy}
-        points.append({"rows": step * size * passes, "seconds": seconds, **numbers})
+        points.append(_point(step * rows, started, found.loss, found.accuracy))
     return points
+
+
+def _point(rows: int, started: float, loss: float, accuracy: float) -> dict[str, Any]:
+    return {"rows": rows, "seconds": time.perf_counter() - started, "loss": loss, "accuracy": accuracy}
 
 
 def read(path: Path) -> list[dict[str, Any]]:
