@@ -239,8 +239,8 @@ RATE_FALL = 0.999
 
 # A step with exact gradients reads the weights three times whatever the batch.
 ZO_BATCH, EXACT_BATCH = 4, 16
-# Nor does it need its batch at once: memory is then that of so many tokens. With half as many, a step takes 1.3 times
-# the time (docs/numbers.md).
+# Nor does it need its batch at once: memory is then that of so many tokens. Batches with more take 1.2 times the time
+# (docs/numbers.md).
 EXACT_TOKENS = 512
 
 # With the loss at the values, 8 branches: a direction costs a seventh more than one of infinitely many would.

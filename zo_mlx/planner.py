@@ -119,7 +119,7 @@ def plan(
         peak = _measured(Path(model), ways[measure], rows[measure], tokens) if measure else None
         needs = dict[str, Need]()
         for name, own in ways.items():
-            float32 = name == "zo"
+            float32 = own.gradient == "zo"
             small = Miniature(make(float32), index, density, own)
             needs[name] = _need(bytes_of(make(float32)), small, rows[name], tokens)
             bar.advance()

@@ -2,7 +2,7 @@
 
 On a GPU `mx.quantized_matmul` is the fast kernel. On the CPU backend it is 20 to 170 times slower than dequantizing
 and multiplying in float32, except for a row or two, and 16-bit products are slow too: there, activations are float32.
-So they are on a GPU where losses are compared whose weights hardly differ: random directions learn half as much from
+So they are on a GPU for random directions, which compare losses whose weights hardly differ, and learn less in
 bfloat16 (docs/numbers.md).
 """
 
