@@ -200,7 +200,8 @@ def test_a_config_is_enough(only_config: Path, tmp_path: Path, capsys: pytest.Ca
 
 def test_more_of_anything_takes_more() -> None:
     def miniature(gradient: str, **settings: Any) -> Miniature:
-        config = {**LLAMA, "vocab_size": 20_000, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8}
+        sizes = {"vocab_size": 20_000, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 64}
+        config = {**LLAMA, **sizes}
         return Miniature(skeleton.skeleton(config), None, 1e-2, TrainConfig(gradient=gradient, **settings))
 
     zo = miniature("zo")
@@ -209,9 +210,10 @@ def test_more_of_anything_takes_more() -> None:
     assert zo.activations(6, 64) > 2 * plain
     assert zo.texts(2, 64) > 1.5 * plain > 1.5 * zo.least(2, 64)
     assert miniature("zo", directions=31).activations(2, 64) > 3 * plain
-    # With exact gradients what goes into each trained block stays, 256 float32 a token, of 512 tokens.
-    few, all_blocks = (miniature("exact", num_layers=n).activations(32, 64) for n in (3, 7))
-    assert all_blocks - few == pytest.approx(4 * 512 * 256 * 4, rel=0.5)
+    # With exact gradients what goes into each trained block stays, 256 float32 a token, of 512 tokens. Of so many
+    # blocks, because what MLX's threads hold at once differs by some MB from one measurement to the next.
+    few, most = (miniature("exact", num_layers=n).activations(32, 64) for n in (3, 63))
+    assert most - few == pytest.approx(60 * 512 * 256 * 4, rel=0.2)
 
 
 def test_this_mac_is_asked_for_its_own_limit(
