@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 from .config import TrainConfig
 from .convert import Conversion, convert
-from .errors import UsageError, ZoError
+from .errors import Interrupted, UsageError, ZoError
 from .evaluate import Evaluation, evaluate
 from .fuse import Fused, fuse
 from .generate import generate
@@ -25,6 +25,7 @@ __all__ = [
     "Evaluation",
     "Fit",
     "Fused",
+    "Interrupted",
     "Replay",
     "SeedsResult",
     "TrainConfig",

@@ -16,6 +16,11 @@ import numpy as np
 
 from .errors import ZoError
 
+# Bytes of a file that are sent at once.
+_PIECE = 1 << 20
+
+_RESUME = "the same command with --resume goes on, with as many ranks as there are then"
+
 
 class Ranks:
     """This process among the others; the only one, if `mlx.launch` did not start it.
@@ -138,9 +143,3 @@ def _group(timeout: float) -> mx.distributed.Group:
 def _padded(content: bytes) -> bytes:
     """Whole words."""
     return content.ljust(-(-len(content) // 4) * 4, b"\0")
-
-
-# Bytes of a file that are sent at once.
-_PIECE = 1 << 20
-
-_RESUME = "the same command with --resume goes on, with as many ranks as there are then"
