@@ -1,9 +1,12 @@
+import contextlib
+import http.client
 import json
 import re
 import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -53,21 +56,29 @@ def answers(tiny: Path, adapters: dict[str, Path]) -> dict[str | None, str]:
 @pytest.fixture(scope="module")
 def server(tiny: Path, adapters: dict[str, Path]) -> Iterator[str]:
     """The address of a server with both adapters, the first one for requests that name none; it ends in good order."""
+    first, second = adapters["first"], adapters["second"]
+    with _running(["--model", str(tiny), "--adapter-path", str(first), "--adapter-path", f"second={second}"]) as found:
+        address, log = found
+        yield address
+    assert "Traceback" not in log[0]
+
+
+@contextlib.contextmanager
+def _running(words: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """A server's address, and what it has said, once it has ended."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    first, second = adapters["first"], adapters["second"]
-    words = ["--model", str(tiny), "--adapter-path", str(first), "--adapter-path", f"second={second}"]
+    log: list[str] = []
     process = subprocess.Popen(_command("server", *words, "--port", str(port)), stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for line in process.stderr:
         if "Starting httpd" in line:
             break
-    yield f"http://127.0.0.1:{port}"
+    yield f"http://127.0.0.1:{port}", log
     process.send_signal(signal.SIGTERM)
-    rest = process.communicate(timeout=60)[1]
-    assert process.returncode == 0, rest
-    assert "Traceback" not in rest
+    log.append(process.communicate(timeout=60)[1])
+    assert process.returncode == 0, log
 
 
 def _ask(server: str, path: str = "/v1/completions", **body: Any) -> dict[str, Any]:
@@ -170,6 +181,42 @@ def test_a_request_cannot_name_what_the_command_line_has_not(
         with pytest.raises(BlockingIOError):
             listening.accept()
     assert _text(_ask(server)) == answers["first"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": ""},
+        {"prompt": ["a", "b"]},
+        {"prompt": 5},
+        {"prompt": None},
+        {"stop": [5]},
+        {"stop": {"a": 1}},
+        {"stop": [""]},
+        {"stop": 5},
+        {"logit_bias": {"100000": 5.0}},
+        {"logit_bias": {"-1": 5.0}},
+        {"messages": [], "stop": [["a"]]},
+    ],
+)
+def test_what_cannot_be_answered_is_refused_and_ends_nothing(
+    body: dict[str, Any], server: str, answers: dict[str | None, str]
+) -> None:
+    """Each of these ended the thread that generates, or could have made it write where it should not."""
+    answer = _ask(server, "/v1/chat/completions" if "messages" in body else "/v1/completions", **body)
+    assert answer["status"] == 400
+    assert _text(_ask(server)) == answers["first"]
+
+
+def test_the_server_goes_on_after_a_request_that_it_fails_on(tiny: Path, answers: dict[str | None, str]) -> None:
+    with _running(["--model", str(tiny)]) as (address, log):
+        with pytest.raises(http.client.RemoteDisconnected):
+            _ask(address, temperature=1.0, top_k=100_000)  # mlx-lm finds out when it samples
+        deadline = time.monotonic() + 30
+        while "status" in (answer := _ask(address)):
+            assert time.monotonic() < deadline
+        assert _text(answer) == answers[None]
+    assert "`top_k` has to be" in log[0]
 
 
 def test_adapters_have_names(tmp_path: Path) -> None:

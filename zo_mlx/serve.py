@@ -7,6 +7,7 @@ looked up, and never opened, fetched or run.
 import argparse
 import json
 import logging
+import time
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ class Provider(ModelProvider):  # type: ignore[misc]
 
     Attributes:
         adapters: by the name that a request can give as its model: the adapter, or None for the base model.
+        vocabulary: how many logits a token has.
         opened: has a result when all is loaded, or the UsageError for what is missing, damaged or of another model.
     """
 
@@ -71,10 +73,13 @@ class Provider(ModelProvider):  # type: ignore[misc]
         self._sparse: SparseModel | None = None
         self._values: dict[str | None, mx.array | None] = {None: None}
         self.adapters = {**{name: name for name in paths}, args.model: None, DEFAULT: default}
+        self.vocabulary = 0
         self.opened: Future[None] = Future()
 
     def load_default(self) -> None:
-        """Load everything. mlx-lm calls this in the thread that generates, where arrays of another are of no use."""
+        """Load everything, once. mlx-lm calls this in the thread that generates, whose arrays no other can use."""
+        if self.opened.done():
+            return
         try:
             self._open(Path(self.cli_args.model))
             self.opened.set_result(None)
@@ -89,6 +94,7 @@ class Provider(ModelProvider):  # type: ignore[misc]
             self._values.update({name: read_values(path, directory, index) for name, path in self._paths.items()})
         else:
             self._model, self._tokenizer = load(directory)
+        self.vocabulary = self._model(mx.array([[0]])).shape[-1]
         if args.chat_template:
             ends = list(self._tokenizer.eos_token_ids)
             self._tokenizer = load_tokenizer(directory, self._tokenizer_config, eos_token_ids=ends)
@@ -120,8 +126,34 @@ class Provider(ModelProvider):  # type: ignore[misc]
         return self.model, self.tokenizer
 
 
+class Generator(ResponseGenerator):  # type: ignore[misc]
+    """mlx-lm's, whose thread goes on after a request that it fails on, which is logged."""
+
+    def _run_generate(self) -> None:
+        while not self._stop:
+            super()._run_generate()
+            # Whoever waits for an answer looks once in a second whether there can be any.
+            time.sleep(0 if self._stop else 2)
+            self._generation_failed = False
+
+
 class Handler(APIHandler):  # type: ignore[misc]
-    """mlx-lm's, with its own list of models, and without what a request could make it fetch or run."""
+    """mlx-lm's, with its own list of models, and without what a request could make it fetch or run, or die of."""
+
+    def validate_model_parameters(self) -> None:
+        """Raises ValueError, which becomes the answer, also for what mlx-lm finds out only when all requests suffer."""
+        super().validate_model_parameters()
+        stops, size = self.body.get("stop") or [], self.response_generator.model_provider.vocabulary
+        if not isinstance(stops, str | list) or not all(isinstance(stop, str) and stop for stop in stops):
+            raise ValueError("stop must be a text, or a list of texts")
+        if any(not 0 <= token < size for token in self.logit_bias or ()):
+            raise ValueError(f"logit_bias must be of tokens from 0 to {size - 1}")
+
+    def handle_text_completions(self) -> Any:
+        prompt = self.body.get("prompt")
+        if not isinstance(prompt, str) or not prompt:
+            raise ValueError("the prompt must be a text that is not empty")
+        return super().handle_text_completions()
 
     def handle_chat_completions(self) -> Any:
         if "chat_template" in (self.chat_template_kwargs or {}):
@@ -153,7 +185,7 @@ def serve(args: argparse.Namespace) -> None:
     provider = Provider(args)
     logging.basicConfig(level=args.log_level, format="%(asctime)s - %(levelname)s - %(message)s")
     maybe_set_recommended_wired_limit()
-    generator = ResponseGenerator(provider, LRUPromptCache(args.prompt_cache_size))
+    generator = Generator(provider, LRUPromptCache(args.prompt_cache_size))
     try:
         provider.opened.result()
         try:
