@@ -1,6 +1,5 @@
 """Where a model to convert comes from: a Hugging Face or MLX directory, a hub id, or a GGUF file."""
 
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +15,7 @@ from mlx_lm.utils import _download
 from ..blocks import BlockwiseModel
 from ..errors import UsageError, ZoError
 from ..files import new_directory, read_json
+from ..hub import is_hub_id, reason
 from ..model import load_stock_model, load_tokenizer_of
 from .gguf import write_hf_directory
 
@@ -99,13 +99,12 @@ def _files(directory: Path) -> list[Path]:
 
 
 def _fetch(hub_id: str, revision: str | None) -> Path:
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id):
+    if not is_hub_id(hub_id):
         raise UsageError(f"no such model: {hub_id} is neither a file, nor a directory, nor a hub id like name/model")
     try:
         return _download(hub_id, revision=revision)
-    except Exception as e:  # the hub client raises a dozen kinds, from several libraries
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise ZoError(f"no such model here, and {hub_id} cannot be fetched from the hub: {reason}") from None
+    except Exception as e:
+        raise ZoError(f"no such model here, and {hub_id} cannot be fetched from the hub: {reason(e)}") from None
 
 
 def _open_directory(directory: Path, hub_id: str | None, files: list[Path], dtype: str | None) -> Source:

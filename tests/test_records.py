@@ -9,6 +9,7 @@ from conftest import write_jsonl
 import zo_mlx
 from zo_mlx.cli import main
 from zo_mlx.errors import UsageError, ZoError
+from zo_mlx.journal import Journal
 from zo_mlx.records import FEATURES, read_splits
 
 
@@ -38,6 +39,7 @@ def test_a_dataset_of_the_hub_is_trained_on_and_evaluated(
     rows: list[dict[str, object]] = [{"question": f"q {i}", "answer": f"a {i}"} for i in range(12)]
     for split, part in (("train", rows[:8]), ("valid", rows[8:10]), ("test", rows[10:])):
         write_jsonl(tmp_path / f"data/{split}.jsonl", part)
+    (tmp_path / "strange").mkdir()
     results = []
     for number, data in enumerate((str(tmp_path / "data"), "some-one/questions")):
         out = str(tmp_path / str(number))
@@ -49,6 +51,12 @@ def test_a_dataset_of_the_hub_is_trained_on_and_evaluated(
         if number == 1:  # the journal may be a stranger's: on its own it makes nothing go to the network
             assert main(["train", "--adapter-path", out, "--iters", "4", "--resume"]) == 2
             assert "give --data some-one/questions to go on" in capsys.readouterr().err
+            for written in ("some-one/questions/", "some-one//questions", "./some-one/questions"):
+                journal = Journal.read(Path(out, "journal"))
+                header = {**journal.header, "config": {**journal.header["config"], "data": written}}
+                Journal.create(tmp_path / "strange/journal", header)
+                assert main(["train", "--adapter-path", str(tmp_path / "strange"), "--resume"]) == 2
+                assert "no such data" in capsys.readouterr().err
         assert main(["evaluate", *words]) == 0
         results.append([result["train_loss"], result["after"], result["test"], json.loads(capsys.readouterr().out)])
     assert results[0] == results[1]

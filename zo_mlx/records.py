@@ -5,7 +5,6 @@ those of mlx-lm's formats are found under mlx-lm's default names: `prompt`, `com
 """
 
 import json
-import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ from mlx_lm.tuner.datasets import load_custom_hf_dataset, load_hf_dataset
 
 from .errors import UsageError, ZoError
 from .files import is_text
+from .hub import is_hub_id, reason
 from .progress import redirected_to_stderr
 
 Record = dict[str, Any]
@@ -94,11 +94,6 @@ def read_file(path: Path, features: Mapping[str, str] = FEATURES) -> Records:
     return found
 
 
-def is_hub_id(data: str) -> bool:
-    """Whether data come from the hub: there is no such directory, and it could be the name of a dataset there."""
-    return not Path(data).is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", data) is not None
-
-
 def _of_hub(name: str, features: Mapping[str, str]) -> dict[str, Records]:
     if not is_hub_id(name):
         raise UsageError(f"no such data: {name} is neither a directory nor the hub id of a dataset like name/dataset")
@@ -126,8 +121,7 @@ def _loaded(name: str, load: Callable[[], Iterable[Any]], features: Mapping[str,
     except ImportError:
         raise UsageError(f"{name}: this needs the package datasets: pip install 'zo-mlx[datasets]'") from None
     except Exception as e:  # the hub's and the dataset's libraries raise dozens of kinds
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise ZoError(f"{name}: the dataset cannot be loaded: {reason}") from None
+        raise ZoError(f"{name}: the dataset cannot be loaded: {reason(e)}") from None
     return {
         split: [(f"{name}, {split}, row {i}", _renamed(rows[i], features)) for i in range(len(rows))]
         for split, rows in parts.items()

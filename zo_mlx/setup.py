@@ -55,7 +55,7 @@ class Setup:
         self.metric = None if config.objective == CROSS_ENTROPY else Metric(config.objective)
         self.longest = min(config.max_seq_length, context_length(model_config))
         features = {name: getattr(config, name) for name in FEATURES}
-        splits = read_splits(data, SPLITS if config.test else SPLITS[:2], features, config.hf_dataset)
+        splits = read_splits(config.data, SPLITS if config.test else SPLITS[:2], features, config.hf_dataset)
         if "valid" not in splits:
             self.warn(f"{data} has no validation set (valid.jsonl): training goes on without validation")
         self.train_set = self.tokenized(splits["train"])

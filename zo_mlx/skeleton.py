@@ -1,6 +1,5 @@
 """A model of which nothing is there but its shape: from its config alone, with zeros for weights."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from mlx_lm.utils import _get_classes
 
 from .errors import UsageError, ZoError
 from .files import read_json
+from .hub import is_hub_id, reason
 from .index import FILE_NAME as INDEX
 from .index import SensitiveIndex, SensitiveTensor, read_index
 from .product import prepare, weight_shape
@@ -37,13 +37,12 @@ def read_config(model: str) -> tuple[dict[str, Any], SensitiveIndex | None]:
     if directory.is_dir():
         index = read_index(directory) if (directory / INDEX).exists() else None
         return read_json(directory / "config.json"), index
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+    if not is_hub_id(model):
         raise UsageError(f"no such model: {model} is neither a directory nor a hub id like name/model")
     try:
         file = hf_hub_download(model, "config.json")
-    except Exception as e:  # the hub client raises a dozen kinds, from several libraries
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise ZoError(f"no such directory, and the hub does not give the config of {model}: {reason}") from None
+    except Exception as e:
+        raise ZoError(f"no such directory, and the hub does not give the config of {model}: {reason(e)}") from None
     return read_json(Path(file)), None
 
 
