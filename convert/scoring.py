@@ -119,11 +119,13 @@ def rank(
         with computing(source, checkpoint):
             for path, layer_scores in scores:
                 watch.lap("backward")
-                if not mx.isfinite(layer_scores.sum()).item():
+                # Summed by numpy: MLX adds one after the other on CPUs, which loses some per cent of large layers.
+                own = np.array(layer_scores, copy=False)
+                masses[path] = float(own.sum(dtype=np.float64))
+                if not math.isfinite(masses[path]):
                     checkpoint.clear()
                     raise UsageError(f"{source.name}: the model's gradients are not finite in {path}: damaged weights?")
-                positions, highest = selector.add(path, np.array(layer_scores, copy=False))
-                masses[path] = float(layer_scores.sum())
+                positions, highest = selector.add(path, own)
                 checkpoint.note(path, Candidates(positions, highest, masses[path]))
                 watch.lap("select")
     return Ranking(selector.result(), sizes, {path: masses[path] for path in sizes})

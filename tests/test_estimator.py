@@ -1,4 +1,5 @@
 import hashlib
+import math
 
 import mlx.core as mx
 import numpy as np
@@ -155,3 +156,10 @@ def test_the_scale_is_a_power_of_the_scores() -> None:
     safe = estimator.fisher_scale(mx.array(np.array([0.0, 1.0], np.float32)), -0.5)
     assert safe is not None
     assert np.isfinite(np.array(safe)).all()
+
+
+def test_root_mean_squares_of_many_weights_are_exact() -> None:
+    """MLX's own sum of as many, one after the other on CPUs, is off by a per cent."""
+    values = np.random.default_rng(0).standard_t(3, 8_000_000).astype(np.float32)
+    expected = math.sqrt(math.fsum((values.astype(np.float64) ** 2).tolist()) / len(values))
+    assert estimator.root_mean_square(mx.array(values)) == pytest.approx(expected, rel=1e-12)

@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from .estimator import root_mean_square
 from .journal import Record
 
 State = dict[str, Any]
@@ -53,7 +54,7 @@ def exact_rate(origin: mx.array) -> Callable[[mx.array], mx.array]:
     Args:
         origin: (K,) the values before the first step; a step moves them by a share of their root mean square.
     """
-    highest = EXACT_SHARE * mx.sqrt(mx.square(origin).mean())
+    highest = EXACT_SHARE * root_mean_square(origin)
     return lambda step: highest * mx.minimum((step + 1) / WARMUP, 1) / (1 + step / SLOWING)
 
 

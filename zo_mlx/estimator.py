@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import math
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -125,7 +126,12 @@ def fisher_scale(scores: mx.array, power: float) -> mx.array | None:
     if power == 0:
         return None
     raised = mx.power(mx.maximum(scores, scores.max() * 1e-12), power)
-    return raised / mx.sqrt(mx.square(raised).mean())
+    return raised / root_mean_square(raised)
+
+
+def root_mean_square(values: mx.array) -> float:
+    """Of (K,) float32, summed in float64, which is the same on every backend."""
+    return math.sqrt(np.square(np.asarray(values), dtype=np.float64).mean())
 
 
 @dataclass(frozen=True)
