@@ -94,10 +94,11 @@ def _adapter(directory: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"kind": "adapter", "path": str(directory)}
     if (directory / JOURNAL).exists():
         run = Journal.read(directory / JOURNAL)
+        last = run.last()
         found |= {
             "journal": run.identity,
             "steps": len(run),
-            "last_loss": next(run.records(len(run) - 1)).loss if len(run) else None,
+            "last_loss": last.loss if last else None,
             "config": run.header["config"],
             "fingerprints": run.header["fingerprints"],
         }

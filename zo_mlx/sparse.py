@@ -134,8 +134,8 @@ class SparseModel:
     def __init__(self, model: nn.Module, index: SensitiveIndex, own: dict[str, tuple[np.ndarray, int]] | None = None):
         self.model = model
         self.stackable = True
-        self._layers: list[SparseLinear | SparseSwitchLinear] = []
-        self._ends: list[int] = []
+        # With where their values begin and end.
+        self._layers: list[tuple[SparseLinear | SparseSwitchLinear, int, int]] = []
         modules = dict(model.named_modules())
         wrong = [
             f"{path} ({problem})"
@@ -154,14 +154,13 @@ class SparseModel:
             else:
                 layer = SparseLinear(module, tensor.indices, own[path][0] if own else None)
             model.update_modules(tree_unflatten([(path, layer)]))
-            end += own[path][1] if own else tensor.size
-            self._layers.append(layer)
-            self._ends.append(end)
+            start, end = end, end + (own[path][1] if own else tensor.size)
+            self._layers.append((layer, start, end))
 
     @property
     def size(self) -> int:
         """K, the number of trainable weights."""
-        return self._ends[-1]
+        return self._layers[-1][2]
 
     def train_last(self, blocks: int, values: mx.array) -> list[tuple[int, int]]:
         """Let only the last blocks be trained from now on; the others' sensitive weights are set for good.
@@ -176,19 +175,18 @@ class SparseModel:
         Raises:
             UsageError: none of the blocks has any trainable weights.
         """
-        starts = [0, *self._ends[:-1]]
         kept = []
-        for number, layer, start, end in zip(self._block_numbers(), self._layers, starts, self._ends, strict=True):
+        for number, (layer, start, end) in zip(self._block_numbers(), self._layers, strict=True):
             if number >= len(self.model.layers) - blocks:
                 kept.append((layer, start, end))
             else:
                 layer.set_values(values[None, start:end])
         if not kept:
             raise UsageError(f"--num-layers {blocks}: the last {blocks} blocks have no sensitive weights")
-        self._layers = [layer for layer, _, _ in kept]
-        self._ends = np.cumsum([end - start for _, start, end in kept]).tolist()
+        self._layers, size = [], 0
         spans: list[tuple[int, int]] = []
-        for _, start, end in kept:
+        for layer, start, end in kept:
+            self._layers.append((layer, size, size := size + end - start))
             joined = spans.pop()[0] if spans and spans[-1][1] == start else start
             spans.append((joined, end))
         return spans
@@ -196,16 +194,15 @@ class SparseModel:
     def last_half(self) -> int:
         """How many blocks are the last half of all, or -1 if these have less than a tenth of the trainable weights."""
         half = -(-len(self.model.layers) // 2)
-        sizes = np.diff([0, *self._ends])
+        sizes = np.array([end - start for _, start, end in self._layers])
         late = np.array(self._block_numbers()) >= len(self.model.layers) - half
         return half if 10 * sizes[late].sum() >= self.size else -1
 
     def spans(self) -> dict[int, list[tuple[SparseLinear | SparseSwitchLinear, int, int]]]:
         """By block: its layers, and where their values begin and end."""
         found: dict[int, list[tuple[SparseLinear | SparseSwitchLinear, int, int]]] = {}
-        starts = [0, *self._ends[:-1]]
-        for number, *span in zip(self._block_numbers(), self._layers, starts, self._ends, strict=True):
-            found.setdefault(number, []).append(tuple(span))  # type: ignore[arg-type]
+        for number, span in zip(self._block_numbers(), self._layers, strict=True):
+            found.setdefault(number, []).append(span)
         return found
 
     @property
@@ -217,7 +214,7 @@ class SparseModel:
         """For each layer, the block it is in; what is in none counts as after the last."""
         blocks = self.model.layers
         numbers = {id(m): i for i, block in enumerate(blocks) for m in block.modules()}
-        return [numbers.get(id(layer), len(blocks)) for layer in self._layers]
+        return [numbers.get(id(layer), len(blocks)) for layer, _, _ in self._layers]
 
     def set_values(self, values: mx.array | Branches | None, keep: bool = False) -> None:
         """Set the values of P branches.
@@ -226,8 +223,7 @@ class SparseModel:
             values: (P, K) float32; None computes with the base model alone.
             keep: hold every layer's D: worth its memory where text is generated token by token.
         """
-        starts = [0, *self._ends[:-1]]
-        for layer, start, end in zip(self._layers, starts, self._ends, strict=True):
+        for layer, start, end in self._layers:
             if isinstance(values, Branches):
                 layer.set_values(partial(values.part, start, end))
             elif values is None:
