@@ -17,7 +17,7 @@ from ..errors import UsageError
 from ..files import sha256
 from ..index import SensitiveIndex, write_index
 from ..memory import bounded_cache
-from ..model import fingerprint
+from ..model import context_length, fingerprint
 from .checkpoint import Checkpoint
 from .masks import Mask, rank_unscored
 from .perplexity import before_and_after, perplexity_windows
@@ -144,6 +144,8 @@ def convert(
                 f"{hf_path} is already quantized: --q-bits, --q-group-size, --q-mode, --quant-predicate and --isolate "
                 "do not apply"
             )
+        if sequence_length > (most := context_length(source.config)):
+            raise UsageError(f"{hf_path} was made for at most {most} tokens: give a smaller --sequence-length")
         sequences = calibration_sequences(source.tokenizer, text, num_samples, sequence_length, seed)
         vocabulary = source.config.get("vocab_size")
         if isinstance(vocabulary, int) and sequences.max() >= vocabulary:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Interrupted, UsageError, ZoError
-from ..files import check_space, locked, read_json, reporting_disk_errors, sync, write_atomically
+from ..files import check_space, locked, read_json, reporting_disk_errors, settle, write_atomically
 
 _IDENTITY = "conversion.json"
 
@@ -76,8 +76,8 @@ def workspace(out: Path, resume: bool) -> Iterator[Workspace]:
         ZoError: the block failed, with a word on how to go on.
         Interrupted: so was the block.
     """
-    directory = out.with_name(f".{out.name}.partial")
     _refuse(out)
+    directory = out.with_name(f".{out.name}.partial")
     with reporting_disk_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
     with locked(directory):
@@ -90,12 +90,9 @@ def workspace(out: Path, resume: bool) -> Iterator[Workspace]:
         try:
             yield work
             with reporting_disk_errors(out):
-                for file in (f for f in work.result.iterdir() if f.is_file()):
-                    sync(file)
-                work.result.rename(out)
-                sync(out.parent)
+                settle(work.result, out)
         except BaseException as e:
-            if out.exists():
+            if not work.result.exists():
                 raise
             useless = isinstance(e, UsageError) and not resumed and not any(work.scoring.glob("*"))
             if useless or not work.begun:
@@ -110,7 +107,7 @@ def workspace(out: Path, resume: bool) -> Iterator[Workspace]:
                 raise ZoError(f"{str(e) or type(e).__name__}; {how}") from e
             raise
         finally:
-            if out.exists():
+            if not work.result.exists():
                 shutil.rmtree(directory, ignore_errors=True)
 
 

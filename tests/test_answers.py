@@ -1,8 +1,10 @@
 """Objectives that score answers: against stock mlx-lm, worked examples, and what training does to them."""
 
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
@@ -43,7 +45,7 @@ def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[st
         (tmp_path / "scoring_of_mine.py").write_text(body)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(__import__("sys").modules, "scoring_of_mine", raising=False)
+    monkeypatch.delitem(sys.modules, "scoring_of_mine", raising=False)
     return write
 
 
@@ -150,6 +152,15 @@ def test_training_raises_a_score_without_a_gradient(
     (tmp_path / "c.yaml").write_text("objective: scoring_of_mine:letters\n")
     assert main(["train", "-c", "c.yaml", "--model", str(tiny), "--data", str(text_data)]) == 2
     assert "taken from --objective only" in capsys.readouterr().err
+
+
+def test_a_function_may_have_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a notebook, or where a program is read from standard input."""
+    module = ModuleType("scoring_of_mine")
+    exec("def score(prompt, output, example):\n    return float(len(output))", module.__dict__)
+    monkeypatch.setitem(sys.modules, "scoring_of_mine", module)
+    metric = Metric("scoring_of_mine:score")
+    assert (metric.path, metric({"prompt": "a", "completion": "b"}, "abc")) == (None, 3.0)
 
 
 @pytest.mark.parametrize(

@@ -77,5 +77,8 @@ def test_seeds_are_runs_of_their_own_with_mean_and_spread(tiny: Path, choice_dat
     assert set(result.spread) == {"val", "test"}
     with pytest.raises(UsageError, match="already holds a run"):
         zo_mlx.train_seeds(3, **settings)
+    for wrong in ({"seed": "five"}, {"adapter_path": 5}):
+        with pytest.raises(UsageError, match="must be"):
+            zo_mlx.train_seeds(3, **{**settings, **wrong})
     again = zo_mlx.train_seeds(4, resume=True, **{**settings, "iters": 6})  # the fourth had not begun
     assert [run.iterations for run in again.runs] == [6] * 4

@@ -182,6 +182,8 @@ def test_existing_output_is_not_touched(tiny_hf: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(UsageError, match="already exists"):
         zo_mlx.convert(str(tiny_hf), str(tmp_path / "out"), **SMALL)
+    with pytest.raises(UsageError, match=r"\. already exists"):
+        zo_mlx.convert(str(tiny_hf), ".", **SMALL)
 
 
 @pytest.mark.parametrize(
@@ -191,6 +193,7 @@ def test_existing_output_is_not_touched(tiny_hf: Path, tmp_path: Path) -> None:
         ({"num_samples": 0}, "--num-samples"),
         ({"memory_limit": 0}, "--memory-limit must be at least"),
         ({"sequence_length": 1}, "--sequence-length"),
+        ({"sequence_length": 513}, "was made for at most 512 tokens: give a smaller --sequence-length"),
         ({"dtype": "int4"}, "--dtype"),
         ({"calibration_data": "/nowhere.txt"}, "cannot be read"),
         ({"q_bits": 7}, "bits"),

@@ -42,6 +42,13 @@ def test_accuracy_and_loss_equal_full_logits_of_stock_mlx_lm(tiny: Path, choice_
     assert got.accuracy == pytest.approx(correct / len(losses))
 
 
+def test_no_text_is_longer_than_the_model_was_made_for(tiny: Path, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "t.jsonl", [{"text": "word " * 200}])
+    whole, short = (zo_mlx.evaluate(*zo_mlx.load(tiny), path, max_seq_length=n, progress=False) for n in (2048, 512))
+    assert whole == short
+    assert whole.truncated == 1
+
+
 def test_perplexity_equals_stock_mlx_lm(tiny: Path, tmp_path: Path) -> None:
     texts = ["one two three", "a somewhat longer line of text", "x"]
     path = write_jsonl(tmp_path / "t.jsonl", [{"text": t} for t in texts])

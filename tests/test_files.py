@@ -36,10 +36,9 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
             (beside / f"file{attempt}").write_text("x")
             raise ValueError("stop")
         assert not (tmp_path / "out").exists()
-    with files.new_directory(tmp_path / "out") as beside:
+    with files.new_directory(tmp_path / "deep/out") as beside:
         (beside / "file").write_text("x")
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["file"]
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")] == ["deep", "deep/out", "deep/out/file"]
 
 
 @pytest.mark.parametrize("length", [0, 4, 12, -3])

@@ -1,6 +1,7 @@
 """Conversions that are stopped and go on."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,11 +11,12 @@ from conftest import write_hf_llama
 from test_files import run_on_full_disk
 from test_gguf import TOKENS, write_gguf
 from zo_mlx.convert import checkpoint, write
+from zo_mlx.convert.workspace import workspace
 
 import zo_mlx
 from zo_mlx import files, index
 from zo_mlx.blocks import BlockwiseModel
-from zo_mlx.errors import Interrupted, UsageError
+from zo_mlx.errors import Interrupted, UsageError, ZoError
 
 SMALL = {"num_samples": 2, "sequence_length": 16, "density": 0.02, "progress": False}
 
@@ -134,6 +136,21 @@ def test_a_source_that_goes_away_loses_nothing(tiny_hf: Path, tmp_path: Path, mo
         zo_mlx.convert(str(tiny_hf), str(tmp_path / "out"), **SMALL)
     monkeypatch.setattr(BlockwiseModel, "block", block)
     zo_mlx.convert(str(tiny_hf), str(tmp_path / "out"), resume=True, **SMALL)
+
+
+def test_an_output_that_appears_meanwhile_loses_nothing(tiny_hf: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(ZoError, match="go on with --resume"), workspace(out, resume=False) as work:
+        work.begin({"a": 1})
+        (work.result / "model").write_text("hours of work")
+        out.mkdir()
+        (out / "of-others").write_text("x")
+    assert (tmp_path / ".out.partial/result/model").read_text() == "hours of work"
+    shutil.rmtree(out)
+    with workspace(out, resume=True) as work:
+        work.begin({"a": 1})
+    assert (out / "model").read_text() == "hours of work"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_files_of_others_are_not_touched(tiny_hf: Path, tmp_path: Path) -> None:

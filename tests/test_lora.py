@@ -11,13 +11,14 @@ import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
-from conftest import dense_weights, tiny_experts
+from conftest import dense_weights, tiny_experts, write_jsonl
 from mlx_lm import fuse as mlx_lm_fuse
 
 import zo_mlx
 from zo_mlx import adapter, lora
 from zo_mlx.cli import main
 from zo_mlx.errors import UsageError
+from zo_mlx.files import locked
 from zo_mlx.index import read_index
 from zo_mlx.model import fingerprints
 from zo_mlx.sparse import SparseModel
@@ -155,6 +156,27 @@ def test_what_is_exported_is_of_the_last_step_or_not_there(spread: Path, choice_
     assert not left & {"adapters.safetensors", "adapter_config.json"}
     zo_mlx.train(**settings, iters=4, resume=True, progress=False)
     assert step() == 4
+
+
+def test_a_run_that_goes_on_is_not_exported(trained: Path, spread: Path) -> None:
+    """Nor its best values, which it may be about to replace."""
+    for directory in (trained, trained / "best"):
+        with locked(trained), pytest.raises(UsageError, match="is in use by another process"):
+            zo_mlx.export(spread, directory)
+
+
+def test_a_test_that_fails_takes_no_adapter_with_it(spread: Path, tmp_path: Path) -> None:
+    lines = [{"prompt": "a", "completion": c, "choices": ["x", "y"]} for c in "xy" * 8]
+    for split, more in (("train", []), ("test", [{"prompt": "bad", "completion": "x", "choices": ["x", "y"]}])):
+        write_jsonl(tmp_path / f"{split}.jsonl", [*lines, *more])
+    (tmp_path / "picky.py").write_text(
+        "def score(prompt, output, example):\n    return 1 / (prompt != 'bad') * (output == example['completion'])\n"
+    )
+    words = ["--model", str(spread), "--data", str(tmp_path), "--adapter-path", str(tmp_path / "a"), "--iters", "2"]
+    command = [sys.executable, "-c", "from zo_mlx.cli import main; raise SystemExit(main())", "train", *words]
+    failed = subprocess.run([*command, "--objective", "picky:score", "--test"], cwd=tmp_path, stderr=subprocess.PIPE)
+    assert (failed.returncode, b"ZeroDivisionError" in failed.stderr) == (1, True), failed.stderr
+    assert (tmp_path / "a/adapters.safetensors").exists()
 
 
 def test_without_any_difference_there_is_an_adapter_that_adds_nothing(

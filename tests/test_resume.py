@@ -85,6 +85,24 @@ def test_resuming_with_other_settings_is_refused(tiny: Path, choice_data: Path, 
         _train(tiny, choice_data, tmp_path / "none", resume=True)
 
 
+def test_what_is_left_to_be_chosen_may_be_left_again(tiny: Path, choice_data: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"learning_rate": 1e-3, "epsilon": "auto"}
+    _train(tiny, choice_data, tmp_path / "a", **settings)
+    assert _train(tiny, choice_data, tmp_path / "a", **settings, iters=9, resume=True).iterations == 9
+
+
+def test_a_run_that_replaces_another_leaves_none_of_its_ranks_journals(
+    tiny: Path, choice_data: Path, tmp_path: Path
+) -> None:
+    """They would be of the same run, and longer."""
+    _train(tiny, choice_data, tmp_path / "a")
+    (tmp_path / "a/rank-1").mkdir()
+    shutil.copy(tmp_path / "a/journal", tmp_path / "a/rank-1")
+    _train(tiny, choice_data, tmp_path / "a", iters=2, overwrite=True)
+    _train(tiny, choice_data, tmp_path / "a", iters=2, resume=True)
+    assert len(Journal.read(tmp_path / "a/journal")) == 2
+
+
 def test_settings_may_be_given_again_when_resuming(tiny: Path, choice_data: Path, tmp_path: Path) -> None:
     """Also those that depend on others: directions are fitted to the recorded batch size, not to the default one."""
     schedule = {"name": "linear_schedule", "arguments": (1e-3, 1e-4, 10)}

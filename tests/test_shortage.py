@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from test_train import _train, _values
 
-from zo_mlx import step
+from zo_mlx import setup, step
 from zo_mlx.adapter import read_best
 from zo_mlx.errors import ZoError
 from zo_mlx.evaluate import Evaluation, evaluate_dataset
+from zo_mlx.exact import ExactGradient
 from zo_mlx.journal import Journal
 from zo_mlx.objective import Batch, collate
 
@@ -68,6 +69,27 @@ def test_a_resumed_run_goes_on_with_as_many_tokens_as_the_last_step(
     found, expected = ([*Journal.read(tmp_path / name / "journal").records()] for name in ("a", "whole"))
     assert [(r.tokens_at_once, r.loss) for r in found] == [(r.tokens_at_once, r.loss) for r in expected]
     assert (_values(tmp_path / "a") == _values(tmp_path / "whole")).all()
+
+
+def test_blocks_given_up_are_not_kept_again_after_a_resume(
+    tiny: Path, choice_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[tuple[int | None, int]] = []
+
+    class Failing(ExactGradient):
+        def __call__(self, *args: Any) -> Any:
+            if self.keep_blocks:
+                raise MemoryError("no memory")
+            return super().__call__(*args)
+
+    monkeypatch.setattr(setup, "ExactGradient", Failing)
+    settings = {"gradient": "exact", "keep_blocks": 2, "batch_size": 8, "val_batches": 0}
+    _train(tiny, choice_data, tmp_path / "a", **settings, iters=2, report=lambda e: None)
+    monkeypatch.setattr(setup, "ExactGradient", lambda *args: kept.append(args[4:6]) or ExactGradient(*args))
+    _train(tiny, choice_data, tmp_path / "a", **settings, iters=3, resume=True)
+    recorded = Journal.read(tmp_path / "a/journal").last()
+    assert recorded
+    assert kept[-1] == (recorded.tokens_at_once, 0)
 
 
 def test_what_does_not_fit_example_by_example_is_an_error(

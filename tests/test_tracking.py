@@ -44,6 +44,29 @@ def test_services_get_what_mlx_lm_sends_them(
     assert len(calls["wandb"]) == 5
 
 
+def test_a_service_that_fails_later_ends_no_run(
+    tiny: Path, choice_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+
+    def log(info: dict[str, Any], step: int) -> None:
+        calls.append(step)
+        if step == 1:
+            raise TimeoutError("no network")
+
+    service = SimpleNamespace(init=lambda **arguments: None, log=log)
+    monkeypatch.setitem(__import__("sys").modules, "trackio", service)
+    events: list[dict[str, Any]] = []
+    zo_mlx.train(
+        model=str(tiny), data=str(choice_data), adapter_path=str(tmp_path / "a"), iters=3, steps_per_report=1,
+        val_batches=1, report_to="trackio", report=events.append, progress=False,
+    )  # fmt: skip
+    assert calls == [0, 1]
+    warnings = [e["message"] for e in events if e["event"] == "warning"]
+    assert warnings == ["--report-to trackio: not followed any further: TimeoutError: no network"]
+    assert [e["iteration"] for e in events if e["event"] == "train"] == [1, 2, 3]
+
+
 def test_a_service_that_is_not_there_stops_a_run_before_it_begins(
     tiny: Path, choice_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,10 +56,13 @@ def has_run(directory: Path) -> bool:
     return any((directory / name).exists() for name in names)
 
 
-def remove_run(directory: Path) -> None:
-    """Remove a run's files but for the journal, which a new run replaces."""
+def remove_run(directory: Path, ranks: int = 1) -> None:
+    """Remove a run's files but for the journals, its own and of so many ranks, which a new run replaces."""
     for name in (VALUES, OPTIMIZER, f"{BEST}/{VALUES}", EVENTS, REPORT):
         (directory / name).unlink(missing_ok=True)
+    replaced = {directory / f"rank-{rank}" / JOURNAL for rank in range(ranks)}
+    for other in {*directory.glob(f"rank-*/{JOURNAL}")} - replaced:
+        other.unlink()
     remove_lora(directory)
 
 

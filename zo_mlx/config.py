@@ -279,8 +279,6 @@ def resolved(config: TrainConfig) -> TrainConfig:
         config.tokens_at_once = config.tokens_at_once or EXACT_TOKENS
     if config.lr_schedule is None and config.learning_rate != "auto":
         config.lr_schedule = {"name": "exponential_decay", "arguments": [config.learning_rate, RATE_FALL]}
-    if config.lr_schedule is not None and config.epsilon == "auto":
-        config.epsilon = GIVEN_EPSILON
     return config
 
 

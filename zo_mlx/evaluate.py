@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -18,6 +19,7 @@ from .data import Dataset, Example, tokenized
 from .errors import UsageError
 from .head import Head, split_head
 from .metric import CROSS_ENTROPY, Metric
+from .model import context_length
 from .objective import collate, denominator, example_losses, scores
 from .progress import Progress
 from .ranks import Ranks
@@ -90,7 +92,7 @@ def evaluate(
         data: a `.jsonl` file, a directory whose `test.jsonl` is taken, or the hub id of a dataset with a test split.
         batch_size: examples at a time.
         num_batches: how many batches of the file's first examples; -1 for all.
-        max_seq_length: longest sequence in tokens.
+        max_seq_length: longest sequence in tokens; the model's context length if that is less.
         mask_prompt: leave the prompt out of the loss.
         objective: score the answers, too: accuracy, exact-match, f1, or module:function. Then prompts are left out of
             the loss.
@@ -113,7 +115,8 @@ def evaluate(
     features = {**FEATURES, **features}
     is_file = Path(data).is_file()
     records = read_file(Path(data), features) if is_file else read_splits(data, ["test"], features)["test"]
-    dataset = tokenized(records, tokenizer, max_seq_length, mask_prompt, answers=metric is not None)
+    longest = min(max_seq_length, context_length(vars(getattr(model, "args", SimpleNamespace()))))
+    dataset = tokenized(records, tokenizer, longest, mask_prompt, answers=metric is not None)
     count = -1 if num_batches == -1 else num_batches * batch_size
     judge = Judge(metric, tokenizer, dataset.kind, max_tokens or longest_completion(dataset)) if metric else None
     head = split_head(model, dataset.has_continuations or bool(judge and judge.generates))

@@ -97,13 +97,20 @@ def new_directory(path: Path) -> Iterator[Path]:
     beside = path.with_name(f".{path.name}.new")
     shutil.rmtree(beside, ignore_errors=True)
     with reporting_disk_errors(path):
-        beside.mkdir()
+        beside.mkdir(parents=True)
         try:
             yield beside
-            sync(beside)
-            beside.rename(path)
+            settle(beside, path)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
+
+
+def settle(directory: Path, path: Path) -> None:
+    """Rename a directory to `path`, once all that is in it is on the disk."""
+    for inside in (*directory.rglob("*"), directory):
+        sync(inside)
+    directory.rename(path)
+    sync(path.parent)
 
 
 def check_space(directory: Path, needed: int) -> None:

@@ -103,7 +103,8 @@ class Metric:
         if not callable(function):
             raise UsageError(f"objective {self.name}: {module} has no function {name}")
         with contextlib.suppress(TypeError, OSError):  # a function without a file
-            self.path = Path(inspect.getsourcefile(function) or "")
+            file = Path(inspect.getsourcefile(function) or "")
+            self.path = file if file.is_file() else None
         return function  # type: ignore[no-any-return]
 
     def __call__(self, example: Record, output: str) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 from mlx.utils import tree_map
 from mlx_lm.tuner.utils import build_schedule
 
-from .config import OPTIMIZERS, TrainConfig, filled
+from .config import GIVEN_EPSILON, OPTIMIZERS, TrainConfig, filled
 from .control import MEASURED, MOST_HALVINGS, Control, exact_rate
 from .estimator import Directions
 from .journal import Record
@@ -60,7 +60,7 @@ class Optimizer:
         self._scale_free = name in SCALE_FREE
         # Momentum adds gradients up: a rate without it is this many times as large.
         self._share = 1.0 if self._scale_free else 1 - arguments.get("momentum", 0.0)
-        self._epsilon = config.epsilon
+        self._epsilon = GIVEN_EPSILON if own is None and self._control is None else own
         # Only to see what it would choose in place of the user's own rates.
         watching = schedule is not None and config.gradient == "zo" and config.objective == CROSS_ENTROPY
         self._watch = Control(origin) if watching else None
@@ -83,7 +83,7 @@ class Optimizer:
 
     def epsilon(self, state: State) -> float:
         """How far the next step's branches are to lie from the values."""
-        return float(state["control"]["epsilon"].item()) if self._epsilon == "auto" else float(self._epsilon)
+        return float(state["control"]["epsilon"].item()) if self._epsilon is None else self._epsilon
 
     def can_go_on(self, state: State) -> bool:
         """Whether a step whose losses are not finite is no reason to stop: it led back to earlier values."""

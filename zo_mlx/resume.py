@@ -14,11 +14,11 @@ from .adapter import Best
 from .config import CHANGEABLE, TrainConfig
 from .errors import UsageError
 from .files import check_space, locked, reporting_disk_errors, write_atomically
+from .hub import is_hub_id
 from .journal import DATA, FILE_NAME, Journal, data_id, record_size
 from .metric import is_function
 from .model import check_fingerprints
 from .ranks import Ranks
-from .records import is_hub_id
 from .run import Run
 from .step import replay
 
@@ -108,8 +108,9 @@ def resume(run: Run, past: Journal, changed_data: bool, given: dict[str, Any]) -
     with reporting_disk_errors(run.directory):
         adapter.remove_lora(run.directory)
     run.follow(past, settings=given, resume=True, changed_data=changed_data)
-    if last := past.last():
-        run.config.tokens_at_once = last.tokens_at_once or None
+    last = past.last()
+    if last and last.tokens_at_once != (run.config.tokens_at_once or 0):  # memory was short
+        run.config.tokens_at_once, run.config.keep_blocks = last.tokens_at_once or None, 0
     best = adapter.read_best(run.directory, past.identity)
     found = [best.iteration, best.loss] if best and best.iteration <= len(past) else [-1, 0.0]
     iteration, loss = run.ranks.gather(np.array(found))[0].tolist()  # the first rank's: the others keep none

@@ -48,7 +48,7 @@ class Run(Setup):
         header = {"config": asdict(self.config), "fingerprints": self.fingerprints, "trained": self.depth.spans}
         check_space(self.directory, self.config.iters * journal.record_size(header))
         with reporting_disk_errors(self.directory):
-            adapter.remove_run(self.directory)
+            adapter.remove_run(self.directory, self.ranks.count)
         self.follow(journal.Journal.create(self.directory / journal.FILE_NAME, header), settings=given)
 
     def follow(self, own: journal.Journal, **how: Any) -> None:
@@ -66,7 +66,7 @@ class Run(Setup):
         # As many rows as a step's branches have go through the first blocks together; where memory is short, a step's.
         steps = rows_of_step(config) // self.batch_size if config.tokens_at_once is None else 1
         prefix = self.prefix(steps)
-        gradient = self.exact_gradient(prefix)
+        gradient = self.exact_gradient(prefix) if config.gradient == "exact" else None
         loss = make_loss(self.sparse, self.head, prefix, config.tokens_at_once, self.judge)
 
         def take(examples: list[Any], number: int) -> tuple[mx.array, State, journal.Record]:
@@ -75,7 +75,7 @@ class Run(Setup):
                 each = (near[i : i + self.batch_size] for i in range(0, len(near), self.batch_size))
                 prefix.prepare([e for batch in each for e in self.split.examples(batch)])
             values, state, at_once = self.values, self.state, config.tokens_at_once
-            if config.gradient == "exact":
+            if gradient:
                 own = self.split.gradient(gradient, at_once, number)
                 return exact_step(own, self.optimizer, values, state, examples, number)
             own_loss = self.split.loss(loss, at_once, number)
@@ -259,11 +259,12 @@ class Run(Setup):
                         mx.reset_peak_memory()
         finally:
             self.save()
+        if self.ranks.is_first:
+            self.export()  # before the test, which may fail where an objective does
         test = self.evaluate(self.test_set, config.test_batches) if self.test_set and config.test_batches else None
         if test:
             self.report({"event": "test", "iteration": self.done, **test.as_dict()})
         if self.ranks.is_first:
-            self.export()
             if not self.split.together:  # which would take all ranks
                 self.page.show_samples(self.values, self.at_once(self.page.shown[1]))
             self.write_report()

@@ -48,10 +48,10 @@ def train_seeds(seeds: int, *, resume: bool = False, report: Report | None = Non
         raise UsageError("--report-to follows a single run: leave out --seeds")
     if Ranks().count > 1:
         raise UsageError("several seeds are for one machine: leave out --seeds, or mlx.launch")
-    directory = Path(settings.get("adapter_path", TrainConfig.adapter_path))
-    first = settings.get("seed", TrainConfig.seed)
-    runs = []
-    for seed in range(first, first + seeds):
+    config = TrainConfig(**{k: settings[k] for k in ("adapter_path", "seed") if k in settings})
+    config.check()
+    directory, runs = Path(config.adapter_path), []
+    for seed in range(config.seed, config.seed + seeds):
         own = {**settings, "seed": seed, "adapter_path": str(directory / f"seed-{seed}")}
         tell = None if report is None else lambda event, seed=seed: report({**event, "seed": seed})  # type: ignore[misc]
         begun = adapter.has_run(directory / f"seed-{seed}")

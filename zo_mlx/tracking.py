@@ -44,7 +44,7 @@ def followed(report: Report, config: TrainConfig) -> Report:
 
     Raises:
         UsageError: there is no such service, or its package is not installed.
-        ZoError: the service fails.
+        ZoError: the service does not begin. If it fails later, a warning says so, and it hears no more.
     """
     if not config.report_to:
         return report
@@ -62,12 +62,18 @@ def followed(report: Report, config: TrainConfig) -> Report:
         raise ZoError(f"{problem}: {type(e).__name__}: {e}") from None
 
     def tell(event: dict[str, Any]) -> None:
+        nonlocal services
         report(event)
         numbers = {key: value for key, value in event.items() if type(value) in (int, float)}
-        if services and event["event"] == "train":
-            services.on_train_loss_report(numbers)
-        elif services and (prefix := {"validation": "val", "test": "test"}.get(event["event"])):
-            named = {key if key == "iteration" else f"{prefix}_{key}": value for key, value in numbers.items()}
-            services.on_val_loss_report(named)
+        prefix = {"validation": "val", "test": "test"}.get(event["event"])
+        try:
+            if services and event["event"] == "train":
+                services.on_train_loss_report(numbers)
+            elif services and prefix:
+                named = {key if key == "iteration" else f"{prefix}_{key}": value for key, value in numbers.items()}
+                services.on_val_loss_report(named)
+        except Exception as e:  # a run does not fail because those who follow it do
+            services = None
+            report({"event": "warning", "message": f"{problem}: not followed any further: {type(e).__name__}: {e}"})
 
     return tell

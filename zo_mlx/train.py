@@ -1,6 +1,7 @@
 """The training entry point: which run to begin or to go on with, and who may write to its directory."""
 
 import contextlib
+import gc
 import warnings
 from dataclasses import fields
 from pathlib import Path
@@ -53,6 +54,21 @@ def train(
     given.check()
     if resume and overwrite:
         raise UsageError("--resume and --overwrite exclude each other")
+    try:
+        return _train(given, settings, resume, overwrite, changed_data, report or _print_warning, progress)
+    finally:
+        gc.collect()  # a run's parts refer to each other: its model would stay beside that of the next one
+
+
+def _train(
+    given: TrainConfig,
+    settings: dict[str, Any],
+    resume: bool,
+    overwrite: bool,
+    changed_data: bool,
+    report: Report,
+    progress: bool,
+) -> TrainResult:
     ranks = Ranks(given.rank_timeout)
     directory = ranks.directory(Path(given.adapter_path))
     with contextlib.ExitStack() as held, bounded_cache():
@@ -62,13 +78,13 @@ def train(
                 raise UsageError(f"{directory} holds no training run to resume")
             held.enter_context(locked(directory))
             past = journal.Journal.read(directory / journal.FILE_NAME, cut=True)
-            run = Run(resumed_config(past.header["config"], settings), report or _print_warning, progress, ranks)
+            run = Run(resumed_config(past.header["config"], settings), report, progress, ranks)
             run.report = followed(run.report, run.config) if ranks.is_first else run.report
             resume_run(run, past, changed_data, settings)
         else:
             if not overwrite:
                 _refuse_run(directory)
-            run = Run(given, report or _print_warning, progress, ranks)
+            run = Run(given, report, progress, ranks)
             with reporting_disk_errors(directory):
                 directory.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(directory))
