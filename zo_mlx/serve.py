@@ -143,7 +143,8 @@ class Handler(APIHandler):  # type: ignore[misc]
     def validate_model_parameters(self) -> None:
         """Raises ValueError, which becomes the answer, also for what mlx-lm finds out only when all requests suffer."""
         super().validate_model_parameters()
-        stops, size = self.body.get("stop") or [], self.response_generator.model_provider.vocabulary
+        provider: Any = self.response_generator.model_provider
+        stops, size = self.body.get("stop") or [], provider.vocabulary
         if not isinstance(stops, str | list) or not all(isinstance(stop, str) and stop for stop in stops):
             raise ValueError("stop must be a text, or a list of texts")
         if any(not 0 <= token < size for token in self.logit_bias or ()):
