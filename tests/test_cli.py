@@ -40,6 +40,8 @@ def test_train_evaluate_generate_and_info(
     assert (adapter["steps"], adapter["snapshot_step"], adapter["trainable"]) == (2, 2, found["index"]["size"])
     assert adapter["fingerprints"]["base_model"] == found["fingerprint"]
     assert adapter["report"] == f"{out}/report.html"
+    assert main(["info", f"{out}/journal", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["journal"] == adapter["journal"]
     for path in (model, out):
         assert main(["info", path]) == 0
     assert "coverage" in capsys.readouterr().out
@@ -52,8 +54,18 @@ def test_json_output_is_one_object_a_line(
     assert main(["train", *arguments, "--json"]) == 0
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     exported = ["exported", "exported"]  # the last and the best
-    assert [e["event"] for e in events] == ["validation", "train", "validation", *exported, "result"]
+    assert [e["event"] for e in events] == ["validation", "train", "validation", "warning", *exported, "result"]
     assert events[-1]["after"]["accuracy"] == events[2]["accuracy"]
+
+
+def test_a_reader_that_has_seen_enough_ends_it_silently(tiny: Path) -> None:
+    program = "from zo_mlx.cli import main; raise SystemExit(main())"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, "info", str(tiny)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout
+    process.stdout.close()
+    assert (process.communicate()[1], process.returncode) == (b"", 141)
 
 
 def test_flags_take_precedence_over_yaml_and_yaml_over_defaults(
@@ -94,6 +106,13 @@ def test_flags_take_precedence_over_yaml_and_yaml_over_defaults(
         ("train --model {model} --data {data} --adapter-path {tmp}/a --config {tmp}/none", 2, "no such config file"),
         ("evaluate --model {model} --data {data} --adapter-path {tmp}/none", 2, "no such adapter"),
         ("evaluate --model {model} --data {data} --adapter-path {tmp}/empty", 2, "values.safetensors is missing"),
+        ("evaluate --model {model} --data {data} --adapter-path {stock}", 2, "runs with mlx-lm's commands"),
+        (
+            "train --model {model} --data {data}/train.jsonl --adapter-path {tmp}/a",
+            2,
+            "train.jsonl is a file: give the",
+        ),
+        ("info {model}/model.safetensors", 2, "model.safetensors is not a zo-mlx journal"),
         ("evaluate --model {cut} --data {data}", 2, "truncated or not a safetensors file"),
         ("generate --model {model} --prompt=", 2, "the prompt is empty"),
         ("generate --model {model} --prompt a -m 0", 2, "--max-tokens must be at least 1"),
@@ -131,7 +150,9 @@ def test_bad_input_is_one_clear_line_and_the_right_exit_code(
     write_jsonl(tmp_path / "broken/train.jsonl", [{"text": "a"}])
     with (tmp_path / "broken/train.jsonl").open("a") as f:
         f.write("{oops\n")
-    places = {name: str(tmp_path / name) for name in ("plain", "cut", "broken", "odd", "pipe")}
+    (tmp_path / "stock").mkdir()
+    (tmp_path / "stock/adapter_config.json").write_text("{}")
+    places = {name: str(tmp_path / name) for name in ("plain", "cut", "broken", "odd", "pipe", "stock")}
     words = command.format(tmp=tmp_path, model=tiny, data=choice_data, **places).split()
     assert main(words) == code
     captured = capsys.readouterr()

@@ -1,11 +1,13 @@
 import datetime
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
 import zo_mlx
 from zo_mlx.config import TrainConfig, resolved
 from zo_mlx.errors import UsageError
+from zo_mlx.optimizer import Optimizer
 
 
 @pytest.mark.parametrize(
@@ -58,7 +60,9 @@ def test_every_direction_gets_two_examples_where_they_are_divided(batch: int, di
 def test_without_a_rate_both_rate_and_epsilon_follow_the_slopes() -> None:
     assert (resolved(TrainConfig()).lr_schedule, resolved(TrainConfig()).epsilon) == (None, "auto")
     given = resolved(TrainConfig(learning_rate=0.1))
-    assert (given.lr_schedule, given.epsilon) == ({"name": "exponential_decay", "arguments": [0.1, 0.999]}, 1e-3)
+    assert given.lr_schedule == {"name": "exponential_decay", "arguments": [0.1, 0.999]}
+    with_rate = Optimizer(given, mx.zeros(3))
+    assert with_rate.epsilon(with_rate.state) == 1e-3
     scheduled = TrainConfig(lr_schedule={"name": "cosine_decay", "arguments": [0.1, 9]}, epsilon=0.5)
     assert (resolved(scheduled).lr_schedule, resolved(scheduled).epsilon) == (scheduled.lr_schedule, 0.5)
 

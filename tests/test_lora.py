@@ -193,7 +193,7 @@ def test_without_any_difference_there_is_an_adapter_that_adds_nothing(
 
 def test_a_lora_adapter_of_the_users_is_not_replaced_unasked(spread: Path, choice_data: Path, tmp_path: Path) -> None:
     (tmp_path / "adapters.safetensors").write_bytes(b"mine")
-    with pytest.raises(UsageError, match="already holds a run"):
+    with pytest.raises(UsageError, match="holds files that a run would replace"):
         zo_mlx.train(model=str(spread), data=str(choice_data), adapter_path=str(tmp_path), iters=1, progress=False)
     assert (tmp_path / "adapters.safetensors").read_bytes() == b"mine"
 
@@ -207,7 +207,7 @@ def test_a_run_does_not_fail_where_no_adapter_can_be_made(
         model=str(spread), data=str(choice_data), adapter_path=str(tmp_path / "a"), iters=1, progress=False,
         report=events.append,
     )  # fmt: skip
-    (warning,) = [e["message"] for e in events if e["event"] == "warning"]
+    _, warning = [e["message"] for e in events if e["event"] == "warning"]  # the first is that it is short
     assert "too many for a LoRA adapter" in warning and "zo-mlx fuse" in warning
     assert not (tmp_path / "a/adapter_config.json").exists() and adapter.read_snapshot(tmp_path / "a").step == 1
 

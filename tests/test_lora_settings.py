@@ -209,6 +209,8 @@ def test_what_a_file_says_arrives(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert (config.steps_per_eval, config.test_batches, config.max_seq_length) == (200, 100, 2048)
     assert config.learning_rate == "auto"
     assert len(capsys.readouterr().err.splitlines()) == 1
+    (tmp_path / "home.yaml").write_text("data: ~/d\nmodel: ./m\n")
+    assert read_yaml(tmp_path / "home.yaml") == {"data": str(Path.home() / "d"), "model": "./m"}
     # With none of LoRA's own keys it is a file for zo-mlx, and its rate is meant.
     (tmp_path / "z.yaml").write_text("learning_rate: 1e-5\nrank: 8\n")
     assert read_yaml(tmp_path / "z.yaml") == {"learning_rate": 1e-5}

@@ -57,8 +57,12 @@ def test_the_estimate_is_within_a_tenth_of_what_a_run_reports(smollm2: Path, tmp
     zo, exact = needs["zo"], needs["exact"]
     assert zo["total"] - zo["logits"] == pytest.approx(_peak_of_a_run(smollm2, answers, rows), rel=0.1)
     assert exact["total"] == pytest.approx(_peak_of_a_run(smollm2, texts, rows, gradient="exact"), rel=0.1)
+    last_half = [f".{number}." for number in range(15, 30)]
+    counts = {path: tensor.size for path, tensor in read_index(smollm2).tensors.items()}
+    trained = sum(size for path, size in counts.items() if any(number in path for number in last_half))
+    assert (zo["trainable"], exact["trainable"]) == (trained, sum(counts.values()))
+    assert needs["lora"]["trainable"] == 16 * 81_408  # mlx-lm's own of a block: 8 (in + out) of its seven layers
     for need in (zo, exact):
-        assert need["trainable"] == read_index(smollm2).size
         assert need["weights"] < need["least"] < need["total"] - need["logits"]
         assert need["total"] < needs["lora"]["total"]
 
@@ -129,13 +133,13 @@ def test_an_index_of_its_own_is_taken_where_it_has_weights() -> None:
     config = {**LLAMA, "vocab_size": 300, "num_hidden_layers": 4}
     path = "model.layers.{}.mlp.up_proj"
 
-    def miniature(*blocks: int) -> Miniature:
+    def miniature(blocks: tuple[int, ...], trained: int) -> Miniature:
         tensor = SensitiveTensor(np.arange(0, 640, 64, dtype=np.uint32), mx.zeros(10), np.ones(10, np.float32))
         index = SensitiveIndex({path.format(i): tensor for i in blocks})
-        return Miniature(skeleton.skeleton(config), index, 0.1, TrainConfig())
+        return Miniature(skeleton.skeleton(config), index, 0.1, TrainConfig(num_layers=trained))
 
-    assert miniature(1, 3).trainable == 20
-    assert miniature(1).trainable == 10, "the last block has none: what it could have is made up"
+    assert [miniature((1, 3), trained).trainable for trained in (-1, 3, 2)] == [20, 20, 10]
+    assert miniature((1,), -1).trainable == 10, "the last block has none: what it could have is made up"
 
 
 def test_what_examples_need_grows_by_the_same_for_each(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,6 +72,11 @@ def test_the_network_is_asked_only_for_what_can_be_a_hub_id(hub: list[str], tmp_
         read_splits("no-one/none", ["train"])
 
 
+def test_a_byte_order_mark_is_none_of_the_data(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n')
+    assert [record for _, record in read_splits(tmp_path, ["train"])["train"]] == [{"text": "a"}]
+
+
 def test_what_is_missing_is_said(hub: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     features = {**FEATURES, "prompt_feature": "question", "completion_feature": "answer"}
     assert read_splits("some-one/questions", ["valid"], features)["valid"][1] == (

@@ -61,8 +61,21 @@ def test_a_run_is_not_overwritten_unasked(tiny: Path, choice_data: Path, tmp_pat
     assert (out / "journal").read_bytes() != before
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / adapter.OPTIMIZER).write_text("another program's")
-    with pytest.raises(UsageError, match="already holds a run"):
+    with pytest.raises(UsageError, match="holds files that a run would replace, but no run of zo-mlx"):
         _train(tiny, choice_data, tmp_path / "b")
+    with pytest.raises(UsageError, match="holds a model: give another --adapter-path"):
+        _train(tiny, choice_data, tiny, overwrite=True)
+
+
+def test_a_run_that_is_complete_says_so(tiny: Path, choice_data: Path, tmp_path: Path) -> None:
+    events: list[dict[str, Any]] = []
+    for iters in (6, 3):
+        _train(tiny, choice_data, tmp_path / "a", iters=iters, resume=iters == 3, report=events.append)
+    warnings = [e["message"] for e in events if e["event"] == "warning"]
+    assert [w.partition(" ")[2] for w in warnings if "larger" in w] == [
+        "has all of its 6 steps already; a larger --iters goes on"
+    ]
+    assert sum("only measure slopes" in w for w in warnings) == 2  # 12 directions are fewer than 16
 
 
 def test_a_directory_in_use_is_refused(tiny: Path, choice_data: Path, tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def test_mlx_lms_formats_train_and_give_perplexity(field: str, tiny: Path, tmp_p
 def test_events_carry_mlx_lms_names(tiny: Path, choice_data: Path, tmp_path: Path) -> None:
     events: list[dict[str, Any]] = []
     _train(tiny, choice_data, tmp_path / "a", report=events.append, steps_per_report=3, test=True)
-    kinds = [(e["event"], e.get("iteration")) for e in events]
+    kinds = [(e["event"], e.get("iteration")) for e in events if e["event"] != "warning"]  # that it is short
     best = kinds.pop(-2)
     assert kinds == [
         ("validation", 0), ("train", 3), ("validation", 4), ("train", 6), ("validation", 6), ("exported", 6),

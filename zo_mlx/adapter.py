@@ -123,7 +123,11 @@ def read_snapshot(directory: Path) -> Snapshot:
     try:
         arrays, metadata = _load(path)
     except UsageError as e:
-        raise UsageError(f"{e}; from its journal, zo-mlx replay or zo-mlx train --resume make it again") from None
+        if (directory / JOURNAL).exists() or (directory.parent / JOURNAL).exists():
+            raise UsageError(f"{e}; from its journal, zo-mlx replay or zo-mlx train --resume make it again") from None
+        if (directory / LORA_CONFIG).exists() and not path.exists():
+            raise UsageError(f"{e}; an adapter that mlx-lm has trained runs with mlx-lm's commands") from None
+        raise
     values = arrays.get("values")
     if values is None or values.ndim != 1 or values.dtype != mx.float32 or not mx.isfinite(values).all().item():
         raise UsageError(f"{path} is damaged: it must hold one finite float32 vector named values")

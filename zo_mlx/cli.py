@@ -1,6 +1,7 @@
 """The command line: which commands there are, and what becomes of their errors."""
 
 import argparse
+import os
 import signal
 import sys
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from . import __version__
 from .commands import chat, convert, evaluate, export, fuse, generate, info, memory, replay, server, train
 from .errors import ZoError
+from .files import expanded
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -60,14 +62,21 @@ class _PrintCompletion(argparse.Action):
 def main(argv: list[str] | None = None) -> int:
     """Run a command; return the exit code: 0, 1 (run-time error), 2 (usage) or 130 (interrupted)."""
     args = build_parser().parse_args(argv)
+    for name in PATHS:
+        if isinstance(path := getattr(args, name, None), str):
+            setattr(args, name, expanded(path))
     # Stop as for Ctrl-C: a run is left to be resumed, temporary files are removed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         args.run(args)
+        sys.stdout.flush()
     except ZoError as e:
         return _fail(str(e), e.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+    except BrokenPipeError:  # whoever reads the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (OSError, RuntimeError, MemoryError) as e:
         return _fail(str(ZoError(str(e))) or type(e).__name__, ZoError.exit_code)
     return 0

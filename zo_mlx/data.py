@@ -141,7 +141,8 @@ def _tokenized_file(
     if form is None:
         raise UsageError(
             f"{first_place}: fields {sorted(first)} are none of the known formats: "
-            "prompt/completion/choices, prompt/completion, messages, text"
+            "prompt/completion/choices, prompt/completion, messages, text; --prompt-feature, --completion-feature, "
+            "--chat-feature and --text-feature say what fields are called"
         )
     mask_prompt = mask_prompt or answers
     if form == ("text",) and mask_prompt:
@@ -208,7 +209,7 @@ def _choice_example(record: Record, tokenizer: TokenizerWrapper, max_length: int
     if not isinstance(choices, list) or not all(isinstance(c, str) and c for c in choices):
         raise UsageError(f"{where}: field 'choices' must be a list of non-empty strings")
     if len(choices) < 2 or len(set(choices)) < len(choices):
-        raise UsageError(f"{where}: field 'choices' must hold at least two different choices")
+        raise UsageError(f"{where}: field 'choices' must hold at least two choices, all different")
     if completion not in choices:
         raise UsageError(f"{where}: completion {completion!r} is not among the choices {choices}")
     alone = tokenizer.encode(prompt)

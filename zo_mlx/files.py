@@ -59,6 +59,11 @@ def load_safetensors(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
         raise UsageError(f"{path} cannot be read by MLX: {e}") from None
 
 
+def expanded(path: str) -> str:
+    """A path whose ~ is replaced, as shells do, but not after = or in files."""
+    return os.path.expanduser(path)  # noqa: PTH111  (pathlib takes ./a/b for a/b, which could be a hub id)
+
+
 def is_text(string: str) -> bool:
     """Whether a string can be written as UTF-8: JSON escapes and undecodable bytes may leave lone surrogates."""
     try:

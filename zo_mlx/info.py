@@ -1,6 +1,7 @@
 """Say what is in a model directory or an adapter directory."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from .model import fingerprint, weight_files
 
 
 def info(path: str | Path) -> dict[str, Any]:
-    """Describe a directory (or a sensitive index file in one) as JSON-ready data.
+    """Describe a directory (or a sensitive index file in one), or a journal, as JSON-ready data.
 
     Raises:
         UsageError: it is neither a model nor an adapter, or damaged.
@@ -25,6 +26,8 @@ def info(path: str | Path) -> dict[str, Any]:
     directory = Path(path)
     if directory.is_file() and directory.name == INDEX:
         directory = directory.parent
+    if directory.is_file():
+        return {"kind": "journal", "path": str(directory), **_run(Journal.read(directory))}
     if not directory.is_dir():
         raise UsageError(f"no such directory: {directory}")
     if (directory / JOURNAL).exists() or (directory / adapter.VALUES).exists():
@@ -90,21 +93,25 @@ def _bits(config: dict[str, Any], path: str) -> int:
     return bits if type(bits) is int and 0 < bits <= 32 else 32
 
 
+def _run(journal: Journal) -> dict[str, Any]:
+    last = journal.last()
+    return {
+        "journal": journal.identity,
+        "steps": len(journal),
+        "last_loss": last.loss if last else None,
+        "trainable": sum(end - start for start, end in journal.spans),
+        "config": journal.header["config"],
+        "fingerprints": journal.header["fingerprints"],
+    }
+
+
 def _adapter(directory: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"kind": "adapter", "path": str(directory)}
     if (directory / JOURNAL).exists():
-        run = Journal.read(directory / JOURNAL)
-        last = run.last()
-        found |= {
-            "journal": run.identity,
-            "steps": len(run),
-            "last_loss": last.loss if last else None,
-            "config": run.header["config"],
-            "fingerprints": run.header["fingerprints"],
-        }
+        found |= _run(Journal.read(directory / JOURNAL))
     if (directory / adapter.VALUES).exists():
         snapshot = adapter.read_snapshot(directory)
-        found |= {"trainable": snapshot.values.size, "snapshot_step": snapshot.step}
+        found |= {"values": snapshot.values.size, "snapshot_step": snapshot.step}
         found["values_sha256"] = sha256(directory / adapter.VALUES)
         found.setdefault("fingerprints", snapshot.fingerprints)
     if (report := directory / adapter.REPORT).exists():
@@ -132,7 +139,7 @@ def as_text(found: dict[str, Any]) -> str:
         lines += [
             f"{layer['path']:{width}}  {layer['trainable']:9d}  {layer['density'] or math.nan:8.2e}  "
             f"{layer['columns'] or math.nan:7.2%}  {layer['score'] / total:6.2%}"
-            for layer in layers
+            for layer in sorted(layers, key=lambda layer: re.sub(r"\d+", lambda n: n[0].zfill(5), layer["path"]))
         ]
     return "\n".join(lines)
 

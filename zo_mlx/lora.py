@@ -73,8 +73,8 @@ class Fit:
         return cls(**{field.name: found[field.name] for field in fields(cls)})
 
     def __str__(self) -> str:
-        exact = "exact" if self.rank == self.full_rank else f"KL {self.kl:.1e} nats, residual {self.residual:.1%}"
-        return f"LoRA of rank {self.rank} in {self.layers} layers ({exact})"
+        how = f"KL {self.kl:.1e} nats but for rounding, residual {self.residual:.1%}"
+        return f"LoRA of rank {self.rank} in {self.layers} layers ({'exact' if self.rank == self.full_rank else how})"
 
 
 @dataclass(frozen=True)

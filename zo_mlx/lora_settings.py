@@ -11,6 +11,7 @@ import yaml
 
 from .config import OPTIMIZERS, TrainConfig
 from .errors import UsageError
+from .files import expanded
 from .metric import is_function
 
 # What mlx_lm.lora has, but nothing here can do anything with, and why. docs/mlx-lm.md has the same as a table.
@@ -47,6 +48,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if is_function(str(content.get("objective"))):
         raise UsageError(f"{path}: a function as objective is taken from --objective only, as it runs code")
     settings = {str(key): value for key, value in content.items() if value is not None}
+    for name in ("model", "data", "adapter_path"):
+        if isinstance(settings.get(name), str):
+            settings[name] = expanded(settings[name])
     made_for_lora = any(key in NOT_HERE or key in CHECKED for key in content)
     return understood(settings, str(path), RATES if made_for_lora else ())
 

@@ -13,6 +13,7 @@ from functools import cache
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+from mlx.utils import tree_flatten
 from mlx_lm.tuner.trainer import default_loss
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
@@ -112,18 +113,19 @@ class Miniature:
         config: as for `Steps`.
 
     Attributes:
-        trainable: how many sensitive weights the whole model has.
-        trained_bytes: what they take, with the optimizer's state.
+        trainable: how many sensitive weights are trained.
+        trained_bytes: what those of all blocks take, with the optimizer's state.
         together: as that of `Steps`.
     """
 
     def __init__(self, model: nn.Module, index: SensitiveIndex | None, density: float, config: TrainConfig):
-        sizes, kept = layer_sizes(model), shortened(model, 1)
+        counts = _counts(model, index, density)
+        kept = shortened(model, 1)
         own = _of_blocks(model, kept, index, density)
-        self.trainable = index.size if index else round(density * sum(sizes.values()))
         before = mx.get_active_memory()
         self._steps = Steps(SparseModel(model, own), own, config)
-        self.trained_bytes = (mx.get_active_memory() - before) * self.trainable // own.size
+        self.trained_bytes = (mx.get_active_memory() - before) * sum(counts) // own.size
+        self.trainable = sum(counts[-self._steps.trained :])
         state = self._steps.blocks.inputs(mx.array([[0]]), 0)
         self._passes = rows_of_step(resolved(replace(config, batch_size=1)))
         # Of a token: what the blocks that are not there leave behind; what else is held while logits are made.
@@ -168,7 +170,7 @@ class LoraMiniature:
     def __init__(self, make: Callable[[], nn.Module], blocks: int | None):
         self._one, self._two = _Lora(make(), 1, blocks or LORA_BLOCKS), _Lora(make(), 2, blocks or LORA_BLOCKS)
         self.trained_bytes = self._one.bytes * self._one.trained // self._one.working
-        self.trainable = self.trained_bytes // 12  # float32, and Adam's two moments
+        self.trainable = self._one.weights * self._one.trained // self._one.working
         self._of_block = cache(self._kept_by_block)
 
     def activations(self, rows: int, tokens: int) -> int:
@@ -194,7 +196,8 @@ class _Lora:
     Attributes:
         trained: how many blocks would have adapters.
         working: how many have them.
-        bytes: what these take.
+        weights: of these.
+        bytes: what they take.
         vocabulary: how many logits a token has.
     """
 
@@ -208,6 +211,7 @@ class _Lora:
         for block in model.layers:
             if id(block) not in kept:
                 block.freeze()
+        self.weights = sum(array.size for array in dict(tree_flatten(model.trainable_parameters())).values())
         self._model, self._optimizer = model.train(), optim.Adam(1e-5)
         self._optimizer.init(model.trainable_parameters())
         mx.eval(model.trainable_parameters(), self._optimizer.state)
@@ -230,6 +234,15 @@ def _above(run: Callable[[], object], limit: int | None) -> int:
     gc.collect()
     before = mx.get_active_memory()
     return peak_of(run, limit) - before
+
+
+def _counts(model: nn.Module, index: SensitiveIndex | None, density: float) -> list[int]:
+    """How many sensitive weights each block has, or as many as it could have."""
+    sizes = {path: tensor.size for path, tensor in index.tensors.items()} if index else layer_sizes(model)
+    paths = {id(module): path for path, module in model.named_modules()}
+    counts = [sum(sizes.get(paths[id(m)], 0) for m in block.modules()) for block in model.layers]
+    counts[-1] += sum(sizes.values()) - sum(counts)  # what is in none counts as after the last
+    return counts if index else [round(density * count) for count in counts]
 
 
 def _of_blocks(model: nn.Module, kept: list[nn.Module], index: SensitiveIndex | None, density: float) -> SensitiveIndex:

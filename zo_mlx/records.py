@@ -71,7 +71,7 @@ def read_file(path: Path, features: Mapping[str, str] = FEATURES) -> Records:
     """The records of a `.jsonl` file. Raises UsageError that names the file and the line."""
     found = []
     try:
-        with path.open(encoding="utf-8") as f:
+        with path.open(encoding="utf-8-sig") as f:
             for number, line in enumerate(f, 1):
                 if not line.strip():
                     continue
@@ -88,13 +88,15 @@ def read_file(path: Path, features: Mapping[str, str] = FEATURES) -> Records:
     except FileNotFoundError:
         raise UsageError(f"no such data file: {path}") from None
     except (OSError, UnicodeDecodeError) as e:
-        raise UsageError(f"{path} cannot be read as UTF-8 text: {e}") from None
+        raise UsageError(f"{path} cannot be read as UTF-8 text, which it must be: {e}") from None
     if not found:
         raise UsageError(f"{path} is empty")
     return found
 
 
 def _of_hub(name: str, features: Mapping[str, str]) -> dict[str, Records]:
+    if Path(name).is_file():
+        raise UsageError(f"{name} is a file: give the directory that has it as train.jsonl, valid.jsonl or test.jsonl")
     if not is_hub_id(name):
         raise UsageError(f"no such data: {name} is neither a directory nor the hub id of a dataset like name/dataset")
     return _loaded(name, lambda: load_hf_dataset(name, None, SimpleNamespace(**features)), features)  # type: ignore[arg-type]

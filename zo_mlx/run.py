@@ -225,6 +225,8 @@ class Run(Setup):
     def steps(self) -> TrainResult:
         """`go`, where nobody interrupts it."""
         config = self.config
+        if self.done and self.done >= config.iters:
+            self.warn(f"{self.directory} has all of its {self.done} steps already; a larger --iters goes on")
         self.weights = mx.get_active_memory()
         before = after = self.validate()
         mx.reset_peak_memory()
@@ -259,6 +261,11 @@ class Run(Setup):
                         mx.reset_peak_memory()
         finally:
             self.save()
+        if self.done and mx.array_equal(self.values, self.trainable.initial):
+            self.warn(
+                f"after {self.done} steps the values are what they were: the first steps only measure slopes, if no "
+                "--learning-rate is given"
+            )
         if self.ranks.is_first:
             self.export()  # before the test, which may fail where an objective does
         test = self.evaluate(self.test_set, config.test_batches) if self.test_set and config.test_batches else None

@@ -82,14 +82,12 @@ def _train(
             run.report = followed(run.report, run.config) if ranks.is_first else run.report
             resume_run(run, past, changed_data, settings)
         else:
-            if not overwrite:
-                _refuse_run(directory)
+            _check_place(directory, overwrite)
             run = Run(given, report, progress, ranks)
             with reporting_disk_errors(directory):
                 directory.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(directory))
-            if not overwrite:
-                _refuse_run(directory)  # another process may have begun one while the model was loading
+            _check_place(directory, overwrite)  # another process may have begun one while the model was loading
             run.report = followed(run.report, run.config) if ranks.is_first else run.report
             run.start(settings)
         held.enter_context(run.journal.open())
@@ -98,11 +96,20 @@ def _train(
         return run.go()
 
 
-def _refuse_run(directory: Path) -> None:
-    if adapter.has_run(directory):
+def _check_place(directory: Path, overwrite: bool) -> None:
+    """Raise UsageError where a new run would mix with a model, or replace something unasked."""
+    if (directory / "config.json").exists():
+        raise UsageError(f"{directory} holds a model: give another --adapter-path")
+    if overwrite or not adapter.has_run(directory):
+        return
+    if (directory / journal.FILE_NAME).exists():
         raise UsageError(
             f"{directory} already holds a run; give --resume to go on with it or --overwrite to replace it"
         )
+    raise UsageError(
+        f"{directory} holds files that a run would replace, but no run of zo-mlx; give another --adapter-path, or "
+        "--overwrite if they are of no use"
+    )
 
 
 def _print_warning(event: dict[str, Any]) -> None:

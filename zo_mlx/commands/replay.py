@@ -24,3 +24,4 @@ def _run(args: argparse.Namespace) -> None:
         print(json.dumps(dataclasses.asdict(done)))
     else:
         print(f"{done.adapter_path}: {done.steps} of {done.recorded} steps, replayed in {done.seconds:.1f} s")
+        print(f"For stock mlx-lm: zo-mlx export --model {args.model} --adapter-path {done.adapter_path}")

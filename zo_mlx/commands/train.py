@@ -68,6 +68,8 @@ def _run(args: argparse.Namespace) -> None:
         for name, numbers in ({} if args.json else found.spread).items():
             spread = ", ".join(f"{key} {mean:.3f} ± {deviation:.3f}" for key, (mean, deviation) in numbers.items())
             print(f"{name.capitalize()} over {args.seeds} seeds: {spread}")
+        if not args.json:
+            print("\n".join(f"{run.adapter_path}: {run.iterations} steps" for run in found.runs))
         return
     result = train(report=report, **how, **settings)
     if not Ranks().is_first:
