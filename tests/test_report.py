@@ -336,7 +336,7 @@ def test_a_page_that_cannot_be_written_is_a_warning(tiny: Path, choice_data: Pat
         told.append(event)
         (tmp_path / "a/report.html").mkdir(exist_ok=True)
 
-    result = _train(tiny, choice_data, tmp_path / "a", report=spoil)
+    result = _train(tiny, choice_data, tmp_path / "a", report=spoil, learning_rate=1e-3)
     assert result.iterations == 6
     warnings = [e["message"] for e in told if e["event"] == "warning"]
     assert warnings and all(w.startswith("no report is written: cannot write ") for w in warnings)

@@ -21,7 +21,7 @@ from zo_mlx.objective import Batch, collate
 
 def _warnings(train: Callable[..., Any], *args: Any, **changes: Any) -> list[str]:
     events: list[dict[str, Any]] = []
-    train(*args, **changes, report=events.append)
+    train(*args, **{"learning_rate": 1e-3, **changes}, report=events.append)
     return [e["message"] for e in events if e["event"] == "warning"]
 
 
