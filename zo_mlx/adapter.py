@@ -56,6 +56,11 @@ def has_run(directory: Path) -> bool:
     return any((directory / name).exists() for name in names)
 
 
+def run_directory(directory: Path) -> Path:
+    """The directory of the run that an adapter is of: its best values are in one within."""
+    return directory.parent if directory.name == BEST and has_run(directory.parent) else directory
+
+
 def remove_run(directory: Path, ranks: int = 1) -> None:
     """Remove a run's files but for the journals, its own and of so many ranks, which a new run replaces."""
     for name in (VALUES, OPTIMIZER, f"{BEST}/{VALUES}", EVENTS, REPORT):
@@ -123,7 +128,7 @@ def read_snapshot(directory: Path) -> Snapshot:
     try:
         arrays, metadata = _load(path)
     except UsageError as e:
-        if (directory / JOURNAL).exists() or (directory.parent / JOURNAL).exists():
+        if (run_directory(directory) / JOURNAL).exists():
             raise UsageError(f"{e}; from its journal, zo-mlx replay or zo-mlx train --resume make it again") from None
         if (directory / LORA_CONFIG).exists() and not path.exists():
             raise UsageError(f"{e}; an adapter that mlx-lm has trained runs with mlx-lm's commands") from None

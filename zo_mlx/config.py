@@ -246,9 +246,6 @@ EXACT_TOKENS = 512
 # With the loss at the values, 8 branches: a direction costs a seventh more than one of infinitely many would.
 ONE_SIDED_DIRECTIONS = 7
 
-# Where the learning rate is given, epsilon is what the field uses with such rates (Malladi et al. 2023).
-GIVEN_EPSILON = 1e-3
-
 
 def value_type(field: dataclasses.Field[Any]) -> type:
     """The type of a setting's values other than None and a word."""

@@ -26,7 +26,7 @@ from mlx.utils import tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
 
-from .adapter import BEST, LORA_CONFIG, LORA_TENSORS, Snapshot, has_run, read_snapshot
+from .adapter import LORA_CONFIG, LORA_TENSORS, Snapshot, read_snapshot, run_directory
 from .config import check_range
 from .convert.sensitivity import DEFAULT_TEXT, token_windows
 from .errors import UsageError
@@ -116,8 +116,7 @@ def export(model: str | Path, adapter_path: str | Path, rank: int | None = None)
         check_range("--rank", rank, 1)
     directory = Path(adapter_path)
     read_snapshot(directory)  # what is not there cannot be locked
-    run = directory.parent if directory.name == BEST and has_run(directory.parent) else directory
-    with locked(run), bounded_cache():
+    with locked(run_directory(directory)), bounded_cache():
         snapshot = read_snapshot(directory)
         sparse, tokenizer, index, _ = load_sparse(Path(model))
         check_snapshot(snapshot, directory, Path(model), index)

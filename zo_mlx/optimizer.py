@@ -9,7 +9,7 @@ import numpy as np
 from mlx.utils import tree_map
 from mlx_lm.tuner.utils import build_schedule
 
-from .config import GIVEN_EPSILON, OPTIMIZERS, TrainConfig, filled
+from .config import OPTIMIZERS, TrainConfig, filled
 from .control import MEASURED, MOST_HALVINGS, Control, exact_rate
 from .estimator import Directions
 from .journal import Record
@@ -23,6 +23,9 @@ SCALE_FREE = {"adam", "adamw", "lion"}
 # The weight of what a step leads to, in the average that is the result: (1 + ETA) / (step + ETA), so that the last
 # part of the steps, one in 1 + ETA of them, counts (Shamir and Zhang 2013, arXiv 1212.1824, section 4).
 ETA = 4
+
+# Where the learning rate is given, epsilon is what the field uses with such rates (Malladi et al. 2023).
+GIVEN_EPSILON = 1e-3
 
 # Rates of the user's own that are so many times lower than those that would be chosen are taken for a mistake.
 TOO_LOW = 10

@@ -65,11 +65,11 @@ def _run(args: argparse.Namespace) -> None:
         found = train_seeds(args.seeds, report=report, **how, **settings)
         if args.json:
             _print_json({"event": "result", **found.as_dict()})
-        for name, numbers in ({} if args.json else found.spread).items():
+            return
+        for name, numbers in found.spread.items():
             spread = ", ".join(f"{key} {mean:.3f} ± {deviation:.3f}" for key, (mean, deviation) in numbers.items())
             print(f"{name.capitalize()} over {args.seeds} seeds: {spread}")
-        if not args.json:
-            print("\n".join(f"{run.adapter_path}: {run.iterations} steps" for run in found.runs))
+        print("\n".join(f"{run.adapter_path}: {run.iterations} steps" for run in found.runs))
         return
     result = train(report=report, **how, **settings)
     if not Ranks().is_first:
