@@ -1,7 +1,11 @@
+import ctypes
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from zo_mlx import _linux
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="macOS has Accelerate and Metal")
 
@@ -31,6 +35,31 @@ def test_mlx_imported_first_is_one_warning() -> None:
     assert done.returncode == 0
     assert done.stderr.count("mlx was imported before zo_mlx") == 1
     assert _run("import zo_mlx, mlx.core, zo_mlx").stderr == ""
+
+
+def test_an_openblas_for_other_processors_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first product would end the process with an illegal instruction."""
+    opened = []
+
+    class Library:
+        def __init__(self, name: str, mode: int = ctypes.DEFAULT_MODE) -> None:
+            opened.append(mode)
+            self.openblas_get_corename = Named()
+
+    class Named:
+        def __call__(self) -> bytes:
+            return b"SKYLAKEX"
+
+    cpu = tmp_path / "cpuinfo"
+    monkeypatch.setattr(_linux, "_CPUINFO", cpu)
+    monkeypatch.setattr(ctypes, "CDLL", Library)
+    cpu.write_text("flags\t\t: fpu avx2 fma\n")
+    with pytest.warns(UserWarning, match="pip install cmeel-openblas=="):
+        assert not _linux.open_fast_blas()
+    assert ctypes.RTLD_GLOBAL not in opened
+    cpu.write_text("flags\t\t: fpu avx2 avx512f fma\n")
+    assert _linux.open_fast_blas()
+    assert opened[-1] == ctypes.RTLD_GLOBAL
 
 
 def test_freed_memory_is_kept() -> None:
