@@ -133,15 +133,16 @@ def test_the_index_holds_the_weights_with_the_highest_scores(scope: str, tiny_hf
     lowest_in, highest_out = [], []
     for path, tensor in index.tensors.items():
         flat = np.array(scores[path]).ravel()
-        assert np.array_equal(flat[tensor.indices], tensor.scores)
+        # All at once and block by block: products that one BLAS rounds alike, and another does not.
+        np.testing.assert_allclose(flat[tensor.indices], tensor.scores, rtol=1e-5)
         assert mx.array_equal(weights[f"{path}.weight"].reshape(-1)[mx.array(tensor.indices)], tensor.values)
         lowest_in.append(flat[tensor.indices].min())
         highest_out.append(np.delete(flat, tensor.indices).max())
     if scope == "global":
-        assert min(lowest_in) >= max(highest_out)
+        assert min(lowest_in) >= max(highest_out) * (1 - 1e-5)
     else:
         assert list(index.tensors) == scored_layers(model)
-        assert all(inside >= outside for inside, outside in zip(lowest_in, highest_out, strict=True))
+        assert all(i >= o * (1 - 1e-5) for i, o in zip(lowest_in, highest_out, strict=True))
     covered = sum(float(t.scores.sum(dtype=np.float64)) for t in index.tensors.values())
     assert done.coverage == pytest.approx(covered / sum(float(s.sum()) for s in scores.values()), rel=1e-4)
     assert index.metadata["coverage"] == done.coverage

@@ -54,7 +54,8 @@ def test_a_step_that_does_not_fit_is_taken_in_smaller_passes_from_then_on(
 
     monkeypatch.setattr(step, "collate", collate)  # there is memory again
     _train(tiny, choice_data, tmp_path / "whole", **settings)
-    np.testing.assert_allclose(_values(tmp_path / "a"), _values(tmp_path / "whole"), atol=1e-6)
+    # Slopes are differences of losses: what these are rounded by counts a thousandfold.
+    np.testing.assert_allclose(_values(tmp_path / "a"), _values(tmp_path / "whole"), atol=1e-4)
     assert {r.tokens_at_once for r in Journal.read(tmp_path / "whole/journal").records()} == {0}
 
 
