@@ -44,11 +44,7 @@ def test_an_openblas_for_other_processors_is_not_used(tmp_path: Path, monkeypatc
     class Library:
         def __init__(self, name: str, mode: int = ctypes.DEFAULT_MODE) -> None:
             opened.append(mode)
-            self.openblas_get_corename = Named()
-
-    class Named:
-        def __call__(self) -> bytes:
-            return b"SKYLAKEX"
+            self.openblas_get_corename = lambda: b"SKYLAKEX"
 
     cpu = tmp_path / "cpuinfo"
     monkeypatch.setattr(_linux, "_CPUINFO", cpu)

@@ -46,9 +46,12 @@ def open_fast_blas() -> bool:
         )
         return False
     # OpenBLAS needs libgfortran.so.5, which a bare Linux does not have; MLX's wheel brings one.
-    if not (_opened(openblas) or (_open_bundled_gfortran() and _opened(openblas))):
+    library = _opened(openblas)
+    if library is None and _open_bundled_gfortran():
+        library = _opened(openblas)
+    if library is None:
         return False
-    if not _runs_here(ctypes.CDLL(str(openblas))):
+    if not _runs_here(library):
         warnings.warn(
             "zo-mlx: the installed cmeel-openblas is for processors with AVX-512, which this one lacks, so float32 "
             "products on the CPU stay about 50 times slower than they need be: pip install cmeel-openblas==0.3.29",
@@ -59,18 +62,17 @@ def open_fast_blas() -> bool:
     return True
 
 
-def _opened(library: Path) -> bool:
+def _opened(library: Path) -> ctypes.CDLL | None:
     """Open a library for nobody else yet."""
     try:
-        ctypes.CDLL(str(library))
+        return ctypes.CDLL(str(library))
     except OSError:
-        return False
-    return True
+        return None
 
 
 def _runs_here(openblas: ctypes.CDLL) -> bool:
     openblas.openblas_get_corename.restype = ctypes.c_char_p
-    return openblas.openblas_get_corename() not in _NEEDS_AVX512 or " avx512f " in _CPUINFO.read_text()
+    return openblas.openblas_get_corename() not in _NEEDS_AVX512 or "avx512f" in _CPUINFO.read_text().split()
 
 
 def _installed(distribution: str, prefix: str) -> Path | None:

@@ -1,6 +1,6 @@
 """What `zo-mlx memory` estimates against what runs report as their peak.
 
-    python tests/benchmarks/planner.py --model smollm2 [--gradient exact] [--texts] [--directions 1] 1x64 4x64 ...
+    python tests/benchmarks/planner.py --model smollm2 [--gradient exact] [--texts] 1x64 4x64 ...
 
 Each point is a batch size and a length. A run of its own takes one step, whose peak, loading included, is compared. The
 model is a converted directory, or `tinyllama` or `llama2-7b` for random 4-bit weights of that shape. Examples have two
@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 from shapes import model_directory
 
-from zo_mlx.config import TrainConfig, filled
+from zo_mlx.config import TrainConfig
 from zo_mlx.files import read_json
 from zo_mlx.model import load_tokenizer_of
 from zo_mlx.planner import plan
@@ -28,9 +28,8 @@ class _Enough(Exception):
     """Ends a run after its first step."""
 
 
-def peak_of_a_run(path: Path, gradient: str, texts: bool, config: TrainConfig) -> float:
+def peak_of_a_run(path: Path, gradient: str, texts: bool, rows: int, length: int) -> float:
     """What a run reports after its first step, in bytes."""
-    rows, length = filled(config.batch_size), config.max_seq_length
     tokenizer = load_tokenizer_of(path, read_json(path / "config.json"))
     word = " the" if len(tokenizer.encode(" the the")) == 2 else "a"  # a token
     letters = [" A", " B"] if word == " the" else ["A", "B"]
@@ -48,7 +47,7 @@ def peak_of_a_run(path: Path, gradient: str, texts: bool, config: TrainConfig) -
         try:
             zo_mlx.train(
                 model=str(path), data=work, adapter_path=f"{work}/adapter", gradient=gradient, batch_size=rows,
-                directions=config.directions, iters=1, val_batches=0, steps_per_report=1, report=report, progress=False,
+                iters=1, val_batches=0, steps_per_report=1, report=report, progress=False,
             )  # fmt: skip
         except _Enough as e:
             return float(e.args[0])
@@ -60,17 +59,15 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="directory, tinyllama or llama2-7b")
     parser.add_argument("--gradient", choices=("zo", "exact"), default="zo")
     parser.add_argument("--texts", action="store_true")
-    parser.add_argument("--directions", type=int)
     parser.add_argument("points", nargs="+", metavar="ROWSxLENGTH")
     args = parser.parse_args()
     points = [tuple(map(int, point.split("x"))) for point in args.points]
     print(f"{args.model}, {args.gradient}, {'texts' if args.texts else 'choices'}")
     with model_directory(args.model) as path:
         for rows, length in points:
-            config = TrainConfig(batch_size=rows, max_seq_length=length, directions=args.directions)
-            need = plan(str(path), config)["needs"][args.gradient]
+            need = plan(str(path), TrainConfig(batch_size=rows, max_seq_length=length))["needs"][args.gradient]
             estimate = need["total"] - (0 if args.texts else need["logits"])
-            peak = peak_of_a_run(path, args.gradient, args.texts, config)
+            peak = peak_of_a_run(path, args.gradient, args.texts, rows, length)
             print(
                 f"{rows} x {length}: estimate {estimate / 1e6:.1f} MB, peak {peak / 1e6:.1f} MB, "
                 f"{estimate / peak - 1:+.1%}",
