@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -205,3 +206,69 @@ def test_slopes_that_are_all_zero_move_nothing() -> None:
     assert control.MEASURED == 16
     later = _go(update, _records(np.ones((1, 4)), first=9), values, state)[0][0]
     assert (np.array(later) != 0).any(), "it never gets going"
+
+
+def _compared(gains: Sequence[float], first: int = 1) -> list[Record]:
+    """Steps whose examples have a loss of 1 at the first values, and so much less where they were taken from."""
+    slopes = np.random.default_rng(first).normal(size=(len(gains), 4)).astype(np.float32)
+    return [Record(first + i, 1 - g, s, initial=1.0) for i, (g, s) in enumerate(zip(gains, slopes, strict=True))]
+
+
+def test_what_gains_nothing_begins_anew_with_half_the_rate_and_twice_as_long_a_look() -> None:
+    update, noise = _optimizer(), np.random.default_rng(5)
+    late = 0.3 * noise.normal(size=13)
+    error = late.std(ddof=1) / math.sqrt(13)
+    late += 0.9 * error - late.mean()
+    begun = mx.zeros(SIZE)
+    # What the first half of a look gains does not count.
+    first = _go(update, _compared([*[5.0] * 12, *late]), begun, update.state)
+    values, state = first[-1]
+    assert update.news(first[-2][1], state) == {"event": "restarted", "steps": 25, "halvings": 1}
+    assert mx.array_equal(values, begun)
+    assert mx.array_equal(state["point"], begun)
+    assert not mx.array_equal(first[-2][1]["point"], begun)
+    # A fifth of a standard error more is enough, in a look of 50 steps.
+    late = 0.3 * noise.normal(size=25)
+    late += 1.1 * late.std(ddof=1) / 5 - late.mean()
+    second = _go(update, _compared([*[-5.0] * 25, *late], first=26), *first[-1])
+    assert all(update.compared_with(state) is not None for _, state in second[:-1])
+    assert update.compared_with(second[-1][1]) is None
+    assert second[-1][1]["control"]["halvings"].item() == 1
+    assert not mx.array_equal(second[-1][0], begun)
+    square = np.mean(np.concatenate([r.projected for r in _compared([0] * 25) + _compared([0] * 50, 26)]) ** 2)
+    assert update.learning_rate(second[-1][1]) == pytest.approx(0.02 * 4 / square * 100 / 174 / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"estimator": "two-sided"}, {"objective": "accuracy"}, {"learning_rate": 1e-3}, {"gradient": "exact"}],
+)
+def test_only_one_sided_slopes_of_cross_entropy_are_compared(settings: dict[str, Any]) -> None:
+    update = Optimizer(resolved(TrainConfig(**settings)), mx.zeros(SIZE))
+    assert update.compared_with(update.state) is None
+
+
+def test_a_run_that_finds_nothing_to_learn_ends_where_it_began() -> None:
+    """Losses that do not depend on the values but for noise; the examples' own part is the same at the first ones."""
+    rng, apart = np.random.default_rng(0), []
+
+    def loss(branches: Branches, shares: Sequence[Sequence[object]]) -> mx.array:
+        assert len(shares) == len(branches)
+        away = branches.part(0, SIZE)
+        apart.append(branches.apart is not None)
+        if apart[-1]:
+            assert mx.array_equal(away[-1], begun)
+        return mx.array(rng.exponential() + 0.1 * rng.normal(size=len(away)).astype(np.float32))
+
+    config, begun = resolved(TrainConfig(directions=4)), mx.arange(SIZE).astype(mx.float32)
+    update = Optimizer(config, begun)
+    values, state, records = begun, update.state, []
+    for number in range(1, 176):
+        values, state, record = step(loss, update, values, state, [object()] * 4, number, config)  # type: ignore[list-item]
+        records.append(record)
+        if number in (25, 75, 175):
+            assert mx.array_equal(values, begun)
+    assert all(apart)
+    assert state["control"]["halvings"].item() == 3
+    replayed, _ = replay(update, begun, update.state, records, config)
+    assert mx.array_equal(replayed, values)

@@ -20,7 +20,7 @@ F = np.float32
 @dataclass
 class Found:
     header: dict[str, Any]
-    records: list[tuple[int, int, bytes, float, np.ndarray]]
+    records: list[tuple[int, int, bytes, float, float, np.ndarray]]
 
 
 def read(content: bytes) -> Found:
@@ -34,20 +34,20 @@ def read(content: bytes) -> Found:
     if crc != zlib.crc32(content[: 12 + length]):
         raise ValueError("header damaged")
     header = json.loads(content[12 : 12 + length])
-    if header["version"] != 5:
+    if header["version"] != 6:
         raise ValueError("other rules")
     trained = sum(end - start for start, end in header["trained"])
     exact = header["config"]["gradient"] == "exact"
     body = 2 * trained if exact else 4 * header["config"]["directions"]
-    size, at, records = 20 + body + 4, 12 + length + 4, []
+    size, at, records = 24 + body + 4, 12 + length + 4, []
     while at + size <= len(content):
         record = content[at : at + size]
-        step, tokens, data, loss = struct.unpack_from("<QI4sf", record)
+        step, tokens, data, loss, initial = struct.unpack_from("<QI4sff", record)
         if struct.unpack("<I", record[-4:])[0] != zlib.crc32(record[:-4], crc) or step != len(records) + 1:
             break
-        slopes = np.frombuffer(record[20:-4], "<u2" if exact else "<f4")
+        slopes = np.frombuffer(record[24:-4], "<u2" if exact else "<f4")
         slopes = (slopes.astype(np.uint32) << 16).view(F) if exact else slopes
-        records.append((step, tokens, data, loss, slopes))
+        records.append((step, tokens, data, loss, initial, slopes))
         at += size
     if len(content) - at > size:
         raise ValueError(f"damaged at record {len(records) + 1}")
@@ -98,7 +98,8 @@ def replay(found: Found, model: Path) -> np.ndarray:
     values = point = good = origin
     seen, square, halvings, window = 0, F(0), 0, [F(0), F(0), F(0)]
     lowest, spread = F(3.4028235e38), F(0)
-    for step, _, _, loss, slopes in found.records:
+    look, gains = 25 if found.header["config"]["estimator"] == "one-sided" else 0, [F(0), F(0), F(0)]
+    for step, _, _, loss, initial, slopes in found.records:
         finite = math.isfinite(loss) and all(map(math.isfinite, slopes))
         q, m = len(slopes), float(square)
         if seen >= 16 and m > 0:
@@ -126,10 +127,24 @@ def replay(found: Found, model: Path) -> np.ndarray:
                 if not back and mean < float(lowest):
                     lowest, spread, good = F(mean), F(variance), point
                 window = [F(0), F(0), F(0)]
+        anew = False
+        if not back and look and not math.isnan(initial):
+            gain = float(initial) - loss
+            late = float(gains[0]) + 1 > look // 2
+            gains = [F(float(g) + add) for g, add in zip(gains, (1, late * gain, late * gain**2), strict=True)]
+            if gains[0] == look:
+                n = look - look // 2
+                mean = float(gains[1]) / n
+                error = math.sqrt(max(0.0, float(gains[2]) / n - mean * mean) / (n - 1))
+                anew, gains = not mean > error, [F(0), F(0), F(0)]
+                look = 2 * look if anew else 0
         values = values + F(5 / (step + 4)) * (point - values)
         if back:
             values = point = good
-            halvings, window = halvings + 1, [F(0), F(0), F(0)]
+            halvings, window, gains = halvings + 1, [F(0), F(0), F(0)], [F(0), F(0), F(0)]
+        if anew:
+            values = point = good = origin
+            halvings, window, lowest, spread = halvings + 1, [F(0), F(0), F(0)], F(3.4028235e38), F(0)
     everything[places] = values
     return everything
 
@@ -171,7 +186,7 @@ def test_the_reader_finds_any_damage(tiny: Path, choice_data: Path, tmp_path: Pa
     """And so the page describes how: each changed byte is refused, or is in a last record that does not count."""
     _train(tiny, choice_data, tmp_path / "a", iters=3, val_batches=0)
     content = (tmp_path / "a/journal").read_bytes()
-    size = 20 + 4 * 2 + 4
+    size = 24 + 4 * 2 + 4
     for at in range(len(content)):
         changed = bytearray(content)
         changed[at] ^= 1 << at % 8

@@ -65,12 +65,13 @@ class Control:
         values: (K,) float32, before the first step.
         jumps: whether the objective is one that only changes by jumps, as scores of answers do.
         epsilon: the user's own, which stays as it is; None finds one.
+        compares: whether a step's examples are to be evaluated at the first values, too, until something is gained.
 
     Attributes:
         state: before the first step. `good` holds values to go back to, `good_step` when they were reached.
     """
 
-    def __init__(self, values: mx.array, jumps: bool = False, epsilon: float | None = None):
+    def __init__(self, values: mx.array, jumps: bool = False, epsilon: float | None = None, compares: bool = False):
         self._jumps, self._fixed = jumps, epsilon is not None
         self.state: State = {
             "seen": mx.array(0),
@@ -81,7 +82,13 @@ class Control:
             "lowest": mx.array([float(np.finfo(np.float32).max), 0.0]),  # of the windows: mean, and its variance
             "good": values,
             "good_step": mx.array(0),
+            "look": mx.array(WINDOW if compares else 0),  # steps after which the next look at what is gained ends
+            "gains": mx.zeros(3),  # how many steps of it there were, of the last half the sum of gains, and of squares
         }
+
+    def compares(self, state: State) -> bool:
+        """Whether the next step's examples are to be evaluated at the first values, too."""
+        return bool(state["look"].item())
 
     def observe(self, state: State, record: Record) -> tuple[np.ndarray, State]:
         """Take a step's slopes in: (q,) float32 slopes, clipped, and the new state."""
@@ -131,7 +138,7 @@ class Control:
         count, total, squares = state["window"].tolist()
         count, total, squares = count + 1, total + record.loss, squares + record.loss**2
         if count < WINDOW:
-            return values, {**state, "window": mx.array([count, total, squares])}, False
+            return self._look({**state, "window": mx.array([count, total, squares])}, record, values)
         mean = total / count
         variance = max(0.0, squares / count - mean * mean)
         lowest, variance_then = state["lowest"].tolist()
@@ -142,7 +149,34 @@ class Control:
         new = {**state, "window": mx.zeros(3)}
         if mean < lowest:
             new |= {"lowest": mx.array([mean, variance]), "good": values, "good_step": mx.array(record.step)}
-        return values, new, False
+        return self._look(new, record, values)
 
     def _back(self, state: State) -> tuple[mx.array, State, bool]:
-        return state["good"], {**state, "halvings": state["halvings"] + 1, "window": mx.zeros(3)}, True
+        anew = {"window": mx.zeros(3), "gains": mx.zeros(3)}
+        return state["good"], {**state, **anew, "halvings": state["halvings"] + 1}, True
+
+    def _look(self, state: State, record: Record, values: mx.array) -> tuple[mx.array, State, bool]:
+        """`settle`, as far as it goes by what is gained over the first values on the examples of these steps.
+
+        Where there is hardly anything to be learned, steps of the usual size make a model worse. So until the gain, in
+        the last half of a look, is above its standard error, the values go back to the first ones, at half the rate,
+        and the next look is twice as long. The first is a window.
+        """
+        length = int(state["look"].item())
+        if length == 0 or math.isnan(record.initial):
+            return values, state, False
+        steps, total, squares = state["gains"].tolist()
+        steps, gain = steps + 1, record.initial - record.loss
+        if steps > length // 2:
+            total, squares = total + gain, squares + gain**2
+        if steps < length:
+            return values, {**state, "gains": mx.array([steps, total, squares])}, False
+        count = length - length // 2
+        mean = total / count
+        error = math.sqrt(max(0.0, squares / count - mean * mean) / (count - 1))
+        new = {**state, "gains": mx.zeros(3), "look": mx.array(0)}
+        if mean > error:
+            return values, new, False
+        new |= {name: self.state[name] for name in ("window", "lowest", "good", "good_step")}
+        new |= {"look": mx.array(2 * length), "halvings": state["halvings"] + 1}
+        return new["good"], new, True

@@ -142,23 +142,29 @@ class Branches:
         values: (K,) float32.
         directions: q of them.
         offsets: for each branch, the number of a direction, and how far along it the branch lies.
+        apart: (K,) float32, a point of its own that is the last of the branches, if there is one.
     """
 
     values: mx.array
     directions: Directions
     offsets: tuple[tuple[int, float], ...]
+    apart: mx.array | None = None
 
     def __len__(self) -> int:
-        return len(self.offsets)
+        return len(self.offsets) + (self.apart is not None)
 
     def __getitem__(self, which: slice) -> "Branches":
-        return Branches(self.values, self.directions, self.offsets[which])
+        has_last = len(self) - 1 in range(len(self))[which]
+        return Branches(self.values, self.directions, self.offsets[which], self.apart if has_last else None)
 
     def part(self, start: int, end: int) -> mx.array:
         """The branches' values from `start` to `end`: (P, end - start) float32."""
-        numbers, distances = zip(*self.offsets, strict=True)
-        z = self.directions.part(numbers, start, end)
-        return self.values[start:end] + mx.array(distances)[:, None] * z
+        points = [] if self.apart is None else [self.apart[None, start:end]]
+        if self.offsets:
+            numbers, distances = zip(*self.offsets, strict=True)
+            z = self.directions.part(numbers, start, end)
+            points.insert(0, self.values[start:end] + mx.array(distances)[:, None] * z)
+        return points[0] if len(points) == 1 else mx.concatenate(points)
 
 
 # The losses, (P,), of P branches, each on its own examples; all have equally many.

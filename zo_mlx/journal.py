@@ -22,13 +22,13 @@ FILE_NAME = "journal"
 MAGIC = b"ZOMLXJ1\n"
 _LENGTH = struct.Struct("<I")
 _CRC = struct.Struct("<I")
-_START = struct.Struct("<QI4sf")  # a record's step, tokens at once, data and loss
+_START = struct.Struct("<QI4sff")  # a record's step, tokens at once, data, loss and initial loss
 _HEADER_LIMIT = 1 << 20
 _MOST_DIRECTIONS = 1 << 10  # a replay makes a bit for each and each weight
 _MOST_WEIGHTS = 1 << 32
 
 # Raised whenever the same journal would be replayed to other values: directions, update rule, schedules.
-VERSION = 5
+VERSION = 6
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Record:
         tokens_at_once: the most tokens in a forward pass, 0 for no limit: the last bits depend on it, and a run may
             have to change it.
         data: 4 bytes that identify the training data.
+        initial: the loss of the same examples at the values before the first step; NaN where it was not asked for.
     """
 
     step: int
@@ -50,6 +51,7 @@ class Record:
     projected: np.ndarray
     tokens_at_once: int = 0
     data: bytes = bytes(4)
+    initial: float = math.nan
 
     @property
     def is_finite(self) -> bool:
@@ -266,12 +268,13 @@ class _Layout:
         slopes = record.projected.astype("<f4")
         if self.exact:
             slopes = (slopes.view("<u4") >> 16).astype("<u2")  # the upper halves: the lower ones are 0
-        return _START.pack(record.step, record.tokens_at_once, record.data, record.loss) + slopes.tobytes()
+        start = _START.pack(record.step, record.tokens_at_once, record.data, record.loss, record.initial)
+        return start + slopes.tobytes()
 
     def unpack(self, content: bytes) -> Record:
         """From a record with its checksum."""
         slopes = np.frombuffer(content[_START.size : -_CRC.size], "<u2" if self.exact else "<f4")
         if self.exact:
             slopes = (slopes.astype("<u4") << 16).view("<f4")
-        step, tokens_at_once, data, loss = _START.unpack_from(content)
-        return Record(step, loss, slopes, tokens_at_once, data)
+        step, tokens_at_once, data, loss, initial = _START.unpack_from(content)
+        return Record(step, loss, slopes, tokens_at_once, data, initial)

@@ -59,7 +59,9 @@ class Optimizer:
         self._rule.init({"values": origin})
         self._origin = origin
         own = None if config.epsilon == "auto" else float(config.epsilon)
-        self._control = Control(origin, config.objective != CROSS_ENTROPY, own) if schedule is None else None
+        jumps = config.objective != CROSS_ENTROPY
+        compares = config.estimator == "one-sided" and not jumps
+        self._control = Control(origin, jumps, own, compares) if schedule is None else None
         self._scale_free = name in SCALE_FREE
         # Momentum adds gradients up: a rate without it is this many times as large.
         self._share = 1.0 if self._scale_free else 1 - arguments.get("momentum", 0.0)
@@ -84,6 +86,10 @@ class Optimizer:
         """(K,) from where the next step is to be taken: the values themselves unless these are an average."""
         return state.get("point", values)
 
+    def compared_with(self, state: State) -> mx.array | None:
+        """(K,) where the next step's examples are to be evaluated as well, to see what has been gained on them."""
+        return self._origin if self._control and self._control.compares(state["control"]) else None
+
     def epsilon(self, state: State) -> float:
         """How far the next step's branches are to lie from the values."""
         return float(state["control"]["epsilon"].item()) if self._epsilon is None else self._epsilon
@@ -97,6 +103,8 @@ class Optimizer:
         if self._control is None:
             return None
         old, new = before["control"], after["control"]
+        if new["look"].item() > old["look"].item():
+            return {"event": "restarted", "steps": old["look"].item(), "halvings": new["halvings"].item()}
         if new["halvings"].item() > old["halvings"].item():
             return {"event": "returned", "step": new["good_step"].item(), "halvings": new["halvings"].item()}
         if old["seen"].item() < MEASURED <= new["seen"].item():

@@ -212,6 +212,8 @@ def as_text(planned: dict[str, Any]) -> str:
         "A Mac's limit is an estimate: two thirds of its memory, which is what its GPU is given at least; what other",
         "programs need is not looked at. Until it is restarted, sudo sysctl iogpu.wired_limit_mb=MB changes it.",
     ]
+    if planned["device"] != "cpu":
+        notes.append("MLX works ahead on GPUs: without --memory-limit a run may hold several times as much.")
     if planned["index"] == "made up":
         notes.append("There is no sensitive index yet: one is made up.")
     if (found := planned.get("measured")) is not None:

@@ -122,7 +122,7 @@ class Report:
             layers=layers,
             maps=figures.maps(layers),
             begun=[(e, *command(e)) for e in events if e["event"] == "begun"],
-            notes=[e for e in events if e["event"] in ("warning", "returned", "stopped")],
+            notes=[e for e in events if e["event"] in ("warning", "returned", "restarted", "stopped")],
             validations=validations,
             metrics=figures.METRICS,
             settings=_settings(config),

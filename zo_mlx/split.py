@@ -77,14 +77,17 @@ class Split:
         def shared(branches: Branches, shares: Sequence[Sequence[Example]]) -> mx.array:
             started, own, portions = time.perf_counter(), self._own(shares), self.portions
             mine = branches if self.by_rows else branches[self._mine]
+            more = 0 if self.by_rows else len(branches) - self._size  # a branch that lies apart
+            most = len(branches) if self.by_rows else max(portions) + more
             with self.ranks.waiting() if self.together else contextlib.nullcontext():
                 losses = np.array(loss(mine, own, denominator(shares, self._config.objective != CROSS_ENTROPY)))
-            found = self._told(branches.values, losses, tokens_at_once, step, time.perf_counter() - started)
+            found = self._told(branches.values, losses, most, tokens_at_once, step, time.perf_counter() - started)
             if self.together:
                 return mx.array(found[0])
             if self.by_rows:
                 return mx.array(found.sum(axis=0))
-            return mx.array(np.concatenate([row[:n] for row, n in zip(found, portions, strict=True)]))
+            counts = [*portions[:-1], portions[-1] + more]
+            return mx.array(np.concatenate([row[:n] for row, n in zip(found, counts, strict=True)]))
 
         return loss if self.ranks.count == 1 else shared
 
@@ -95,15 +98,17 @@ class Split:
             started = time.perf_counter()
             loss, part = gradient(values, examples[self._mine], denominator([examples], False))
             seconds, total = time.perf_counter() - started, self.ranks.total(part)
-            found = self._told(values, np.array([loss], np.float32), tokens_at_once, step, seconds)
+            found = self._told(values, np.array([loss], np.float32), 1, tokens_at_once, step, seconds)
             return float(found.sum()), total
 
         return gradient if self.ranks.count == 1 else shared
 
     @property
     def _mine(self) -> slice:
+        """This rank's; what there is beyond the step's rows or branches is the last one's."""
         first = 0 if self.together else sum(self.portions[: self.ranks.rank])
-        return slice(first, first + self.portions[self.ranks.rank])
+        end = first + self.portions[self.ranks.rank]
+        return slice(first, end if end < self._size else None)
 
     def _shares(self, batch: Sequence[Any]) -> Shares:
         """The examples of each of a step's branches."""
@@ -115,13 +120,12 @@ class Split:
         return [share[self._mine] for share in shares] if self.by_rows else shares[self._mine]
 
     def _told(
-        self, values: mx.array, losses: np.ndarray, tokens_at_once: int | None, step: int, seconds: float
+        self, values: mx.array, losses: np.ndarray, most: int, tokens_at_once: int | None, step: int, seconds: float
     ) -> np.ndarray:
-        """What all ranks found, (N, n) float32, for n of this one's; where others have fewer, zeros follow.
+        """What all ranks found, (N, most) float32; where a rank has fewer, zeros follow.
 
         That is the one message of a step. With it go a check of the values, the seconds it took, and tokens at once.
         """
-        most = len(losses) if self.by_rows else max(self.portions)
         form = np.dtype([("check", "<u8"), ("seconds", "<f4"), ("tokens", "<u4"), ("losses", "<f4", most)])
         said = np.zeros((), form)
         said["check"] = int.from_bytes(hashlib.blake2b(np.array(values).tobytes(), digest_size=8).digest(), "little")

@@ -1,7 +1,9 @@
 """One training step: a function of values, optimizer state, examples, step number and settings."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import mlx.core as mx
@@ -64,7 +66,8 @@ def make_loss(
 
     def loss(branches: estimator.Branches, shares: Sequence[Sequence[Example]], count: float | None = None) -> mx.array:
         size, count = len(shares[0]), count or denominator(shares, judge is not None)
-        at_once, examples_at_once = (len(branches) if sparse.stackable else 1), size
+        # What lies apart goes after the others: it is to take no memory beside them.
+        at_once, examples_at_once = max(1, len(branches.offsets) if sparse.stackable else 1), size
         if tokens_at_once is not None:
             fit = tokens_at_once / tokens_of(shares, continues, judge)
             at_once = max(1, min(at_once, int(fit)))
@@ -124,9 +127,13 @@ def step(
     directions = estimator.directions(config.seed, number, filled(config.directions), values.size, config.law, scale)
     method, epsilon = estimator.ESTIMATORS[config.estimator], optimizer.epsilon(state)
     branches = method.branches(optimizer.point(values, state), directions, epsilon)
-    losses = loss(branches, method.shares(examples, len(directions)))
-    mean, slopes = method.slopes(losses, epsilon)
-    record = Record(number, mean.item(), np.array(slopes))  # type: ignore[arg-type]
+    shares = method.shares(examples, len(directions))
+    if (origin := optimizer.compared_with(state)) is not None:
+        branches, shares = replace(branches, apart=origin), [*shares, examples]
+    losses = loss(branches, shares)
+    mean, slopes = method.slopes(losses[: len(branches.offsets)], epsilon)
+    initial = math.nan if origin is None else losses[-1].item()
+    record = Record(number, mean.item(), np.array(slopes), initial=initial)  # type: ignore[arg-type]
     return *optimizer.apply(values, state, record, directions), record
 
 

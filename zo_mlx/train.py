@@ -39,7 +39,7 @@ def train(
         changed_data: with `resume`, go on even if the training data is not what it was. The steps to come are then
             those of a run with the new data, and the journal says from which step on.
         report: called with every event (`train`, `validation`, `test`, `stopped`, `chosen`,
-            `returned`, `exported`, `warning`) as a dictionary; by default warnings become Python's.
+            `returned`, `restarted`, `exported`, `warning`) as a dictionary; by default warnings become Python's.
         progress: report progress on standard error.
         **settings: the fields of `TrainConfig`: model, data, adapter_path, iters, learning_rate ...
 

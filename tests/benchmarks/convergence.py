@@ -16,6 +16,7 @@ import zo_mlx  # isort: skip  # noqa: F401  (first, so that MLX gets a fast BLAS
 
 import argparse
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -30,6 +31,7 @@ from zo_mlx.config import filled, resolved
 from zo_mlx.data import load_dataset
 from zo_mlx.evaluate import evaluate_dataset
 from zo_mlx.head import split_head
+from zo_mlx.journal import FILE_NAME, Journal
 from zo_mlx.memory import bounded_cache
 from zo_mlx.model import load_sparse
 from zo_mlx.step import rows_of_step
@@ -87,26 +89,29 @@ def model_for(arm: dict[str, Any], args: argparse.Namespace) -> Path:
 def zo_run(path: Path, settings: dict[str, Any], data: Path, args: argparse.Namespace, seed: int) -> Points:
     """Validations of a training run."""
     config = resolved(zo_mlx.TrainConfig(**settings))
-    rows = rows_of_step(config) * (3 if config.gradient == "exact" else 1)
+    rows, once = rows_of_step(config) * (3 if config.gradient == "exact" else 1), float(filled(config.batch_size))
     if config.gradient == "zo" and config.num_layers != -1:  # the blocks before are computed once for all branches
         sparse = load_sparse(path)[0]
         blocks = len(sparse.model.layers)
         last = config.num_layers or sparse.last_half()
         part = 1.0 if last == -1 else min(1.0, last / blocks)
-        rows = part * rows + (1 - part) * filled(config.batch_size)
+        rows, once = part * rows + (1 - part) * once, part * once
     ninth = max(1, round(args.rows / rows / 9))
     points: Points = []
     started = time.perf_counter()
 
     def report(event: dict[str, Any]) -> None:
         if event["event"] == "validation" and event["iteration"] in {n * ninth for n in NINTHS}:
-            points.append(_point(round(event["iteration"] * rows), started, event["loss"], event["accuracy"]))
+            points.append(_point(event["iteration"], started, event["loss"], event["accuracy"]))
 
     with tempfile.TemporaryDirectory() as work:
         zo_mlx.train(
             model=str(path), data=str(data), adapter_path=work, seed=seed, iters=9 * ninth, steps_per_eval=ninth,
             val_batches=-(-args.valid // filled(config.batch_size)), report=report, **settings,
         )  # fmt: skip
+        again = [not math.isnan(r.initial) for r in Journal.read(Path(work, FILE_NAME)).records()]
+    for point in points:  # steps so far; in the first ones examples are evaluated at the first values, too
+        point["rows"] = round(point["rows"] * rows + once * sum(again[: point["rows"]]))
     return points
 
 

@@ -109,6 +109,11 @@ def _print_event(event: dict[str, Any]) -> None:
             f"Iter {event['iteration']}: the loss rose too far: back to the values of step {event['step']}, "
             f"learning rate halved {event['halvings']} times"
         )
+    elif event["event"] == "restarted":
+        line = (
+            f"Iter {event['iteration']}: no clear gain in {event['steps']} steps: back to the values before training, "
+            f"learning rate halved {event['halvings']} times"
+        )
     elif event["event"] == "exported":
         line = f"Iter {event['iteration']}: {event['path']} for stock mlx-lm, {Fit.of(event)}"
     elif event["event"] == "warning":
