@@ -263,8 +263,8 @@ class Run(Setup):
             self.save()
         if self.done and mx.array_equal(self.values, self.trainable.initial):
             self.warn(
-                f"after {self.done} steps the values are what they were: the first steps only measure slopes, if no "
-                "--learning-rate is given"
+                f"after {self.done} steps the values are what they were: the first ones only measure slopes, and steps "
+                "that gain nothing are taken back, if no --learning-rate is given"
             )
         if self.ranks.is_first:
             self.export()  # before the test, which may fail where an objective does

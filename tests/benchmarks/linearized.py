@@ -24,7 +24,7 @@ import numpy as np
 
 from zo_mlx.batches import batch_order
 from zo_mlx.config import RATE_FALL
-from zo_mlx.control import MEASURED, sgd_rate
+from zo_mlx.control import MEASURED, WINDOW, sgd_rate
 from zo_mlx.data import Example, load_dataset
 from zo_mlx.head import split_head
 from zo_mlx.memory import bounded_cache
@@ -99,6 +99,12 @@ def softmax(scores: np.ndarray) -> np.ndarray:
     return raised / raised.sum(axis=-1, keepdims=True)
 
 
+def losses_of(task: Linear, scores: np.ndarray) -> np.ndarray:
+    """Cross-entropy of all examples, (E,), from relative scores."""
+    p = softmax(scores)
+    return -np.log(p[range(len(p)), task.labels])
+
+
 @dataclass(frozen=True)
 class Arm:
     """`q` directions over `share` examples each: one-sided, on the same ones, or two-sided, each on its own."""
@@ -131,6 +137,7 @@ def run(task: Linear, root: np.ndarray, examples: list[Example], arm: Arm, rows:
     right = task.labels[:, None] == np.arange(1, scores.shape[1] + 1)
     seen = step = 0
     used, square, points = 0.0, 0.0, []
+    look, halvings, gains = WINDOW if arm.one_sided and arm.nats else 0, 0, list[float]()
     moments = [rows / 6, rows / 3, 2 * rows / 3, rows]
     order = batches(task, examples, arm.batch, seed)
     while moments:
@@ -140,19 +147,25 @@ def run(task: Linear, root: np.ndarray, examples: list[Example], arm: Arm, rows:
         for d in range(arm.q):
             own = batch if arm.one_sided else batch[d :: arm.q]
             slopes[d] = ((softmax(scores[own])[:, 1:] - right[own]) * moved[d, own]).sum(axis=-1).mean()
+        if look:
+            gains.append(losses_of(task, task.scores)[batch].mean() - losses_of(task, scores)[batch].mean())
         seen += arm.q
         square += (np.mean(slopes**2) - square) * arm.q / seen
         if arm.nats is None:
             rate = arm.rate * RATE_FALL ** (step - 1)
         else:
-            rate = sgd_rate(square, arm.q, step, arm.nats) if seen >= MEASURED else 0.0
+            rate = sgd_rate(square, arm.q, step, arm.nats) * 0.5**halvings if seen >= MEASURED else 0.0
         scores -= rate * np.tensordot(slopes, moved, 1) / arm.q
-        used += task.part * arm.rows + (1 - task.part) * arm.batch
+        used += task.part * (arm.rows + (arm.batch if look else 0)) + (1 - task.part) * arm.batch
+        if look and len(gains) == look:  # as `Control` does
+            late, gains = np.array(gains[look // 2 :]), []
+            if late.mean() > late.std(ddof=1) / len(late) ** 0.5:
+                look = 0
+            else:
+                scores, look, halvings = task.scores.copy(), 2 * look, halvings + 1
         if used >= moments[0]:
             moments.pop(0)
-            p = softmax(scores)
-            losses = -np.log(p[range(len(p)), task.labels])
-            hits = p.argmax(axis=-1) == task.labels
+            losses, hits = losses_of(task, scores), softmax(scores).argmax(axis=-1) == task.labels
             points.append([losses[task.train :].mean(), hits[task.train :].mean(), losses[: task.train].mean()])
     return np.array(points)
 
