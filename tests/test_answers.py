@@ -19,6 +19,7 @@ from zo_mlx.answers import Judge
 from zo_mlx.cli import main
 from zo_mlx.data import load_dataset
 from zo_mlx.errors import UsageError, ZoError
+from zo_mlx.estimator import Branches, Vectors
 from zo_mlx.head import split_head
 from zo_mlx.index import read_index
 from zo_mlx.metric import METRICS, Metric
@@ -94,12 +95,13 @@ def test_branches_generate_apart(tiny: Path, text_data: Path) -> None:
     sparse, tokenizer, index, _ = load_sparse(tiny)
     dataset = load_dataset(text_data / "test.jsonl", tokenizer, 64, mask_prompt=True)
     values = index.initial_values()
-    branches = mx.stack([values, values + 0.3, 2 * values])
+    points = mx.stack([values, values + 0.3, 2 * values])
+    branches = Branches(mx.zeros(index.size), Vectors(points), tuple((i, 1.0) for i in range(3)))
     judge = Judge(Metric("f1"), tokenizer, "tokens", 12)
     judge._metric = lambda record, output: float(len(set(output)))  # type: ignore[assignment]
     head = split_head(sparse.model, continuing=True)
     alone = []
-    for one in branches:
+    for one in points:
         sparse.set_values(one[None])
         outputs = [
             mlx_lm.generate(sparse.model, tokenizer, e.rows[0][: e.targets[0][0].position + 1], max_tokens=12)
@@ -109,7 +111,7 @@ def test_branches_generate_apart(tiny: Path, text_data: Path) -> None:
     assert len({tuple(a) for a in alone}) == 3
     for tokens_at_once in (None, 1, 100):
         loss = make_loss(sparse, head, tokens_at_once=tokens_at_once, judge=judge)
-        got = loss(branches, [dataset.examples[:4]] * 3)  # type: ignore[arg-type]
+        got = loss(branches, [dataset.examples[:4]] * 3)
         np.testing.assert_allclose(np.array(got), -np.mean(alone, axis=1), rtol=1e-6)
 
 

@@ -178,11 +178,11 @@ def test_a_journal_of_exact_gradients_in_numpy(tiny: Path, choice_data: Path, tm
     _train(tiny, choice_data, tmp_path / "a", optimizer="sgd", learning_rate=0.1, iters=3)
     content = (tmp_path / "a/journal").read_bytes()
     values = np.array(read_index(tiny).initial_values())
-    size = 8 + 4 + 4 + 4 + 2 * values.size + 4
+    size = 8 + 4 + 4 + 4 + 4 + 2 * values.size + 4
     assert Journal.read(tmp_path / "a/journal").header["trained"] == [[0, values.size]]
     for n in range(3):
         record = content[len(content) - (3 - n) * size :][:size]
-        halves = np.frombuffer(record[20:-4], "<u2")
+        halves = np.frombuffer(record[24:-4], "<u2")
         values = values - np.float32(0.1 * 0.999**n) * (halves.astype(np.uint32) << 16).view(np.float32)
     np.testing.assert_allclose(_values(tmp_path / "a"), values, atol=1e-6)
 

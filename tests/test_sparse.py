@@ -11,6 +11,7 @@ from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
 
 from zo_mlx.data import load_dataset
 from zo_mlx.errors import UsageError
+from zo_mlx.estimator import Branches, Vectors
 from zo_mlx.head import split_head
 from zo_mlx.index import SensitiveIndex, read_index
 from zo_mlx.model import load_sparse
@@ -102,7 +103,8 @@ def test_models_that_mix_the_rows_of_a_batch_are_computed_branch_by_branch(tiny:
     sparse, tokenizer, index, _ = load_sparse(tiny)
     examples = load_dataset(choice_data / "train.jsonl", tokenizer, 100).examples[:8]
     shares = [examples[p::4] for p in range(4)]
-    values = index.initial_values() + 0.1 * mx.random.normal((4, index.size), key=mx.random.key(0))
+    points = index.initial_values() + 0.1 * mx.random.normal((4, index.size), key=mx.random.key(0))
+    values = Branches(mx.zeros(index.size), Vectors(points), tuple((i, 1.0) for i in range(4)))
     sparse.check_branches(index.initial_values())
     assert sparse.stackable
     expected = make_loss(sparse, split_head(sparse.model))(values, shares)
