@@ -174,9 +174,7 @@ class Control:
         count = length - length // 2
         mean = total / count
         error = math.sqrt(max(0.0, squares / count - mean * mean) / (count - 1))
-        new = {**state, "gains": mx.zeros(3), "look": mx.array(0)}
         if mean > error:
-            return values, new, False
-        new |= {name: self.state[name] for name in ("window", "lowest", "good", "good_step")}
-        new |= {"look": mx.array(2 * length), "halvings": state["halvings"] + 1}
-        return new["good"], new, True
+            return values, {**state, "gains": mx.zeros(3), "look": mx.array(0)}, False
+        first = {name: self.state[name] for name in ("lowest", "good", "good_step")}
+        return self._back({**state, **first, "look": mx.array(2 * length)})

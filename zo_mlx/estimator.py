@@ -159,12 +159,13 @@ class Branches:
 
     def part(self, start: int, end: int) -> mx.array:
         """The branches' values from `start` to `end`: (P, end - start) float32."""
-        points = [] if self.apart is None else [self.apart[None, start:end]]
-        if self.offsets:
-            numbers, distances = zip(*self.offsets, strict=True)
-            z = self.directions.part(numbers, start, end)
-            points.insert(0, self.values[start:end] + mx.array(distances)[:, None] * z)
-        return points[0] if len(points) == 1 else mx.concatenate(points)
+        apart = [] if self.apart is None else [self.apart[None, start:end]]
+        if not self.offsets:
+            return apart[0]
+        numbers, distances = zip(*self.offsets, strict=True)
+        z = self.directions.part(numbers, start, end)
+        points = self.values[start:end] + mx.array(distances)[:, None] * z
+        return mx.concatenate([points, *apart]) if apart else points
 
 
 # The losses, (P,), of P branches, each on its own examples; all have equally many.

@@ -75,10 +75,11 @@ class Split:
         """
 
         def shared(branches: Branches, shares: Sequence[Sequence[Example]]) -> mx.array:
-            started, own, portions = time.perf_counter(), self._own(shares), self.portions
+            started, own = time.perf_counter(), self._own(shares)
             mine = branches if self.by_rows else branches[self._mine]
             more = 0 if self.by_rows else len(branches) - self._size  # a branch that lies apart
-            most = len(branches) if self.by_rows else max(portions) + more
+            portions = [*self.portions[:-1], self.portions[-1] + more]
+            most = len(branches) if self.by_rows else max(portions)
             with self.ranks.waiting() if self.together else contextlib.nullcontext():
                 losses = np.array(loss(mine, own, denominator(shares, self._config.objective != CROSS_ENTROPY)))
             found = self._told(branches.values, losses, most, tokens_at_once, step, time.perf_counter() - started)
@@ -86,8 +87,7 @@ class Split:
                 return mx.array(found[0])
             if self.by_rows:
                 return mx.array(found.sum(axis=0))
-            counts = [*portions[:-1], portions[-1] + more]
-            return mx.array(np.concatenate([row[:n] for row, n in zip(found, counts, strict=True)]))
+            return mx.array(np.concatenate([row[:n] for row, n in zip(found, portions, strict=True)]))
 
         return loss if self.ranks.count == 1 else shared
 

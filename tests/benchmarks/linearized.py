@@ -9,7 +9,8 @@ scores of all examples by normal numbers with these covariances (of +-1 directio
 up), so that nothing else is needed to follow a run, as long as scores change in proportion to values. Printed are
 validation loss, validation accuracy and training loss after a sixth, a third, two thirds and all of the rows; means
 over seeds, which share batches and directions between arms. With `--num-layers` only the last blocks' weights are
-trained; rows then count for as much as these are of all blocks, and once for what comes before.
+trained; rows then count for as much as these are of all blocks, and once for what comes before. One-sided arms whose
+rate is in nats begin anew where nothing is gained, as runs do.
 """
 
 import zo_mlx  # isort: skip  # noqa: F401  (first, so that MLX gets a fast BLAS)
@@ -137,6 +138,7 @@ def run(task: Linear, root: np.ndarray, examples: list[Example], arm: Arm, rows:
     right = task.labels[:, None] == np.arange(1, scores.shape[1] + 1)
     seen = step = 0
     used, square, points = 0.0, 0.0, []
+    initial = losses_of(task, scores)
     look, halvings, gains = WINDOW if arm.one_sided and arm.nats else 0, 0, list[float]()
     moments = [rows / 6, rows / 3, 2 * rows / 3, rows]
     order = batches(task, examples, arm.batch, seed)
@@ -148,7 +150,7 @@ def run(task: Linear, root: np.ndarray, examples: list[Example], arm: Arm, rows:
             own = batch if arm.one_sided else batch[d :: arm.q]
             slopes[d] = ((softmax(scores[own])[:, 1:] - right[own]) * moved[d, own]).sum(axis=-1).mean()
         if look:
-            gains.append(losses_of(task, task.scores)[batch].mean() - losses_of(task, scores)[batch].mean())
+            gains.append((initial - losses_of(task, scores))[batch].mean())
         seen += arm.q
         square += (np.mean(slopes**2) - square) * arm.q / seen
         if arm.nats is None:
