@@ -316,6 +316,8 @@ def test_the_page_of_a_long_run_is_small(spread: Path, choice_data: Path, tmp_pa
     for step in range(0, 10_001, 100):
         run.report({"event": "validation", "iteration": step, "loss": rng.random(), "accuracy": rng.random()})
         run.report({"event": "train", "iteration": step, "learning_rate": rng.random()})
+    run.report({"event": "restarted", "iteration": 25, "steps": 25, "halvings": 1})
+    run.report({"event": "returned", "iteration": 75, "step": 50, "halvings": 2})
     with pytest.MonkeyPatch.context() as patch, run.journal.open():
         patch.setattr("zo_mlx.journal.flush", lambda fd: None)
         for step in range(1, 10_001):
@@ -323,6 +325,9 @@ def test_the_page_of_a_long_run_is_small(spread: Path, choice_data: Path, tmp_pa
     run.save()
     page = Page(tmp_path / "report.html")
     assert (tmp_path / "report.html").stat().st_size < 150_000
+    notes = page.within["li"]
+    assert "Step 25: no clear gain in 25 steps; back to the values before training, at half the learning rate" in notes
+    assert "Step 75: the loss rose too far; back to the values of step 50, at half the learning rate" in notes
     every = page.charts()["Loss"].values("every")
     losses = np.array([r.loss for r in run.journal.records()])
     assert len(every) < 1000
