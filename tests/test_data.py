@@ -89,6 +89,24 @@ def test_tokens_and_masks_equal_mlx_lms(kind: str, mask_prompt: bool, tmp_path: 
         assert example.rows[0] == batch[0, : len(example.rows[0])].tolist()
 
 
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (TOOL_CHAT, set()),
+        (TOOL_CHAT.replace("tools:{{ tools | tojson }}", ""), set()),  # that there are any still shows
+        (TOOL_CHAT.replace("{% if tools %}<s>tools:{{ tools | tojson }}</s>{% endif %}", ""), {"tools"}),
+        (TOOL_CHAT.replace("{{ m.tool_calls | tojson if m.tool_calls }}", ""), {"tool_calls"}),
+        ("{% for m in messages %}<s>{{ m.content or '' }}</s>{% endfor %}", {"tools", "tool_calls"}),
+        ("{% for m in messages %}{{ m.content or m.tool_calls[0].type }}{% endfor %}", {"tools"}),  # fails without
+    ],
+)
+def test_what_a_chat_template_leaves_out_is_known(template: str, expected: set[str], tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    path = write_jsonl(tmp_path / "d.jsonl", [{"messages": [{"role": "user", "content": "q"}]}, *RECORDS["tools"]])
+    assert load_dataset(path, TokenizerWrapper(tokenizer), 512).left_out == expected
+
+
 def test_single_token_choices_share_one_row_and_longer_ones_the_fewest(
     tmp_path: Path, tokenizer: TokenizerWrapper
 ) -> None:

@@ -5,14 +5,15 @@ mlx-lm's own dataset classes, and one of ours: `prompt`/`completion`/`choices`, 
 choices, each appended to the prompt as it is.
 """
 
+import contextlib
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
+from typing import Any, Literal
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.datasets import create_dataset
@@ -68,10 +69,14 @@ class Example:
 
 @dataclass
 class Dataset:
-    """The examples of one file; all are of one kind."""
+    """The examples of one file; all are of one kind.
+
+    `left_out` names the fields about tools of which the chat template makes nothing.
+    """
 
     kind: Kind
     examples: list[Example]
+    left_out: frozenset[str] = frozenset()
 
     @property
     def truncated(self) -> int:
@@ -127,7 +132,8 @@ def tokenized(
     parts = [_tokenized_file(file, tokenizer, max_length, mask_prompt, answers) for file in files]
     if len({part.kind for part in parts}) > 1:
         raise UsageError("some of the data have choices and some have not: " + ", ".join(place(f[0]) for f in files))
-    return Dataset(parts[0].kind, [example for part in parts for example in part.examples])
+    left_out = frozenset().union(*(part.left_out for part in parts))
+    return Dataset(parts[0].kind, [example for part in parts for example in part.examples], left_out)
 
 
 def _tokenized_file(
@@ -167,7 +173,26 @@ def _tokenized_file(
         except Exception as e:  # chat templates are programs; they raise what they like
             raise UsageError(f"{where}: the tokenizer's chat template fails: {e}") from None
         examples.append(_token_example(tokens, offset, max_length, where, record))
-    return Dataset("tokens", examples)
+    left_out = frozenset() if form == ("text",) else _left_out([r for _, r in records], dataset.process)
+    return Dataset("tokens", examples, left_out)
+
+
+def _left_out(records: list[Record], process: Callable[[Record], Any]) -> frozenset[str]:
+    """The fields about tools that make no difference to the tokens of the first record that has them."""
+
+    def without(name: str, part: Record) -> Record:
+        return {k: v for k, v in part.items() if k != name}
+
+    found = set()
+    for name in ("tools", "tool_calls"):
+        with contextlib.suppress(Exception):  # a template that fails without them reads them
+            first = next(r for r in records if any(part.get(name) for part in (r, *r.get("messages", []))))
+            other = without(name, first)
+            if "messages" in first:
+                other["messages"] = [without(name, m) for m in first["messages"]]
+            if process(first) == process(other):
+                found.add(name)
+    return frozenset(found)
 
 
 def _text(record: Record, field: str, where: str, may_be_empty: bool = False) -> str:

@@ -116,6 +116,8 @@ class Setup:
         dataset = tokenized(records, self.tokenizer, self.longest, self.config.mask_prompt, self.metric is not None)
         if cut := dataset.truncated:
             self.warn(f"{place(records[0])}: {cut} sequences are longer than {self.longest} tokens and were cut")
+        for name in sorted(dataset.left_out):
+            self.warn(f"{place(records[0])}: the model's chat template leaves out {name!r}: nothing is learned of them")
         return dataset
 
     def fit(self, limit: int) -> None:
