@@ -97,7 +97,7 @@ def test_tokens_and_masks_equal_mlx_lms(kind: str, mask_prompt: bool, tmp_path: 
         (TOOL_CHAT.replace("{% if tools %}<s>tools:{{ tools | tojson }}</s>{% endif %}", ""), {"tools"}),
         (TOOL_CHAT.replace("{{ m.tool_calls | tojson if m.tool_calls }}", ""), {"tool_calls"}),
         ("{% for m in messages %}<s>{{ m.content or '' }}</s>{% endfor %}", {"tools", "tool_calls"}),
-        ("{% for m in messages %}{{ m.content or m.tool_calls[0].type }}{% endfor %}", {"tools"}),  # fails without
+        ("{% for m in messages %}<s>{{ m.content or m.tool_calls[0].type }}{% endfor %}", {"tools"}),  # fails without
     ],
 )
 def test_what_a_chat_template_leaves_out_is_known(template: str, expected: set[str], tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Fill the disk at every write of a training run: a clear error, nothing lost, and resuming ends as if it had not been.
 
-    python tests/faults/disk_full.py [--steps 4]
+    python tests/faults/disk_full.py [--steps 4] [--every N]
 
 Everything that asks the system for space is counted: files made, written, synced, renamed, cut, directories. A run per
 such call fails there: once, or for good, so that whatever it does next fails, too. What is written fails half-way, by a
@@ -89,6 +89,7 @@ def what_is_wrong(out: Path, whole: dict[str, bytes]) -> str | None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="only every N-th of the calls fails")
     parser.add_argument("--kind", choices=KINDS, action="append", help="of run; default: all")
     args = parser.parse_args()
     wrong = 0
@@ -103,7 +104,7 @@ def main() -> int:
                 zo_mlx.train(**settings)
             whole = contents(out)
             counts: Counter[str] = Counter()
-            for at in range(1, writes.count + 1):
+            for at in range(1, writes.count + 1, args.every):
                 for once in (True, False):
                     shutil.rmtree(out)
                     problem: str | None
