@@ -7,6 +7,7 @@ keep_freed_memory()
 
 __version__ = "0.1.0"
 
+from .classify import classify
 from .config import TrainConfig
 from .convert import Conversion, convert
 from .errors import Interrupted, UsageError, ZoError
@@ -32,6 +33,7 @@ __all__ = [
     "TrainResult",
     "UsageError",
     "ZoError",
+    "classify",
     "convert",
     "evaluate",
     "export",

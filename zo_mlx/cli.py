@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from . import __version__
-from .commands import chat, convert, evaluate, export, fuse, generate, info, memory, replay, server, train
+from .commands import chat, classify, convert, evaluate, export, fuse, generate, info, memory, replay, server, train
 from .errors import ZoError
 from .files import expanded
 
@@ -22,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="Print a script for the shell's completion.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for module in (convert, memory, train, evaluate, generate, chat, server, export, fuse, replay, info):
+    for module in (convert, memory, train, evaluate, classify, generate, chat, server, export, fuse, replay, info):
         module.add(commands)
     return parser
 

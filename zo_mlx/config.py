@@ -75,7 +75,7 @@ class TrainConfig:
     iters: int = _setting(1000, "Steps to train for.", least=0)
     gradient: str = _setting(
         "zo",
-        "zo: estimated from forward passes; exact: by back-propagation, block by block, which takes more memory. Then "
+        "zo: estimated from forward passes; exact: by back-propagation, block by block, in far fewer steps. Then "
         "epsilon, estimator, directions, law and precondition have no effect.",
         choices=("zo", "exact"),
     )

@@ -43,7 +43,7 @@ class Example:
     Attributes:
         rows: token sequences, each without the last token of the text (nothing is predicted from it).
         targets: for `choices`, one list of targets per choice; else a single list.
-        label: for `choices`, the index of the right choice; else None.
+        label: for `choices`, the index of the right choice, where it is known; else None.
         choices: for `choices`, their texts.
         truncated: whether the text was longer than the longest sequence and was cut.
         record: the line itself.
@@ -141,7 +141,9 @@ def _tokenized_file(
 ) -> Dataset:
     first_place, first = records[0]
     if first.get("choices") is not None:
-        examples = [_choice_example(record, tokenizer, max_length, where) for where, record in records]
+        for where, record in records:
+            _text(record, "completion", where)
+        examples = [choice_example(record, tokenizer, max_length, where) for where, record in records]
         return Dataset("choices", examples)
     form = next((form for form in _FORMS if all(field in first for field in form)), None)
     if form is None:
@@ -228,14 +230,15 @@ def _token_example(tokens: list[int], offset: int, max_length: int, where: str, 
     return Example([tokens[:-1]], [targets], truncated=length > max_length, record=record)
 
 
-def _choice_example(record: Record, tokenizer: TokenizerWrapper, max_length: int, where: str) -> Example:
-    prompt, completion = _text(record, "prompt", where), _text(record, "completion", where)
+def choice_example(record: Record, tokenizer: TokenizerWrapper, max_length: int, where: str) -> Example:
+    """Of a record with choices; without a completion it has no label. Raises UsageError, as `tokenized` does."""
+    prompt, completion = _text(record, "prompt", where), record.get("completion")
     choices = record.get("choices")
     if not isinstance(choices, list) or not all(isinstance(c, str) and c for c in choices):
         raise UsageError(f"{where}: field 'choices' must be a list of non-empty strings")
     if len(choices) < 2 or len(set(choices)) < len(choices):
         raise UsageError(f"{where}: field 'choices' must hold at least two choices, all different")
-    if completion not in choices:
+    if completion not in (None, *choices):
         raise UsageError(f"{where}: completion {completion!r} is not among the choices {choices}")
     alone = tokenizer.encode(prompt)
     sequences = [tokenizer.encode(prompt + choice) for choice in choices]
@@ -249,7 +252,8 @@ def _choice_example(record: Record, tokenizer: TokenizerWrapper, max_length: int
     targets = [
         [Target(row, i - 1, s[i]) for i in range(start, len(s))] for row, s in zip(row_of, sequences, strict=True)
     ]
-    return Example(rows, targets, choices.index(completion), tuple(choices), record=record)
+    label = None if completion is None else choices.index(completion)
+    return Example(rows, targets, label, tuple(choices), record=record)
 
 
 def _common_prefix(sequences: Iterable[list[int]]) -> int:

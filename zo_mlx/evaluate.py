@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -19,7 +18,7 @@ from .data import Dataset, Example, tokenized
 from .errors import UsageError
 from .head import Head, split_head
 from .metric import CROSS_ENTROPY, Metric
-from .model import context_length
+from .model import longest_sequence
 from .objective import collate, denominator, example_losses, scores
 from .progress import Progress
 from .ranks import Ranks
@@ -115,7 +114,7 @@ def evaluate(
     features = {**FEATURES, **features}
     is_file = Path(data).is_file()
     records = read_file(Path(data), features) if is_file else read_splits(data, ["test"], features)["test"]
-    longest = min(max_seq_length, context_length(vars(getattr(model, "args", SimpleNamespace()))))
+    longest = longest_sequence(model, max_seq_length)
     dataset = tokenized(records, tokenizer, longest, mask_prompt, answers=metric is not None)
     count = -1 if num_batches == -1 else num_batches * batch_size
     judge = Judge(metric, tokenizer, dataset.kind, max_tokens or longest_completion(dataset)) if metric else None

@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -158,6 +159,11 @@ def context_length(config: dict[str, Any]) -> int:
             if isinstance(place, dict) and type(length := place.get(key)) is int:
                 return length
     return 1 << 30
+
+
+def longest_sequence(model: nn.Module, most: int) -> int:
+    """In tokens: `most`, or the context length of a loaded model if that is less."""
+    return min(most, context_length(vars(getattr(model, "args", SimpleNamespace()))))
 
 
 def load(path: str | Path, adapter_path: str | Path | None = None) -> tuple[nn.Module, TokenizerWrapper]:

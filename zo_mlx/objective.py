@@ -65,7 +65,7 @@ class Batch:
     def has_one_normalizer(self) -> bool:
         """Whether an example's choices are all of one token and at one position, where only differences count."""
         at = np.append(self.target_position, -1)[self.slots]  # -1 where there is none
-        return self.labels is not None and at.shape[-1] == 1 and bool(((at == at[..., :1, :]) | (at == -1)).all())
+        return at.shape[-2] > 1 and at.shape[-1] == 1 and bool(((at == at[..., :1, :]) | (at == -1)).all())
 
 
 def layout(branches: Sequence[Sequence[Example]], share: bool) -> tuple[int, bool]:
