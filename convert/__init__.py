@@ -17,7 +17,7 @@ from ..errors import UsageError
 from ..files import sha256
 from ..index import SensitiveIndex, write_index
 from ..memory import bounded_cache
-from ..model import context_length, fingerprint
+from ..model import context_length, fingerprint, vocabulary_size
 from .checkpoint import Checkpoint
 from .masks import Mask, rank_unscored
 from .perplexity import before_and_after, perplexity_windows
@@ -147,8 +147,7 @@ def convert(
         if sequence_length > (most := context_length(source.config)):
             raise UsageError(f"{hf_path} was made for at most {most} tokens: give a smaller --sequence-length")
         sequences = calibration_sequences(source.tokenizer, text, num_samples, sequence_length, seed)
-        vocabulary = source.config.get("vocab_size")
-        if isinstance(vocabulary, int) and sequences.max() >= vocabulary:
+        if sequences.max() >= (vocabulary := vocabulary_size(source.config)):
             raise UsageError(f"{hf_path}: the tokenizer has token {sequences.max()}, the model only {vocabulary}")
         windows = perplexity_windows(source.tokenizer, measured) if measured is not None else None
         settings = {

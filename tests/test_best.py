@@ -75,8 +75,11 @@ def test_seeds_are_runs_of_their_own_with_mean_and_spread(tiny: Path, choice_dat
         losses.append(alone.after.loss)
     assert result.spread["val"]["loss"] == pytest.approx((np.mean(losses), np.std(losses, ddof=1)))
     assert set(result.spread) == {"val", "test"}
-    with pytest.raises(UsageError, match="already holds a run"):
+    with pytest.raises(UsageError, match="seed-5 already holds a run"):
         zo_mlx.train_seeds(3, **settings)
+    with pytest.raises(UsageError, match="seed-5 already holds a run"):  # before the fourth one is trained
+        zo_mlx.train_seeds(2, **{**settings, "seed": 4})
+    assert not (tmp_path / "s/seed-4").exists()
     for wrong in ({"seed": "five"}, {"adapter_path": 5}):
         with pytest.raises(UsageError, match="must be"):
             zo_mlx.train_seeds(3, **{**settings, **wrong})

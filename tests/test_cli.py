@@ -119,6 +119,7 @@ def test_flags_take_precedence_over_yaml_and_yaml_over_defaults(
         ("generate --model {model} --prompt a --temp -1", 2, "--temp must be at least 0"),
         ("generate --model {model} --prompt a --seed -1", 2, "--seed must be at least 0"),
         ("generate --model {model} --prompt a\udcff", 2, "the prompt is not valid UTF-8"),
+        ("train --model {model} --data {data} --adapter-path {tmp}/a\udcff", 2, "a\\udcff' is not valid UTF-8"),
         ("convert --hf-path {model} --mlx-path {tmp}/o --seed -1", 2, "--seed must be at least 0"),
         ("train --model {odd} --data {data} --adapter-path {tmp}/a", 2, "must hold a JSON object"),
         ("train --model {pipe} --data {data} --adapter-path {tmp}/a", 2, "config.json is not a file"),

@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.datasets import CacheDataset, load_local_dataset
 from mlx_lm.tuner.trainer import iterate_batches
 
+import zo_mlx
 from zo_mlx.batches import batch_order
 from zo_mlx.data import Example, load_dataset, tokenized
 from zo_mlx.errors import UsageError
@@ -105,6 +107,23 @@ def test_what_a_chat_template_leaves_out_is_known(template: str, expected: set[s
     tokenizer.chat_template = template
     path = write_jsonl(tmp_path / "d.jsonl", [{"messages": [{"role": "user", "content": "q"}]}, *RECORDS["tools"]])
     assert load_dataset(path, TokenizerWrapper(tokenizer), 512).left_out == expected
+
+
+def test_tokens_that_the_model_does_not_have_are_refused(tiny: Path, tmp_path: Path) -> None:
+    model, tokenizer = zo_mlx.load(tiny)
+    tokenizer._tokenizer.add_tokens(["<extra>"])
+    bad = {"prompt": "a <extra>", "completion": "b", "choices": ["b", "c"]}
+    path = write_jsonl(tmp_path / "test.jsonl", [CHOICE, bad])
+    message = "test.jsonl, line 2: the tokenizer has token 258, the model only 258"
+    with pytest.raises(UsageError, match=message):
+        zo_mlx.evaluate(model, tokenizer, path)
+    with pytest.raises(UsageError, match=message):
+        zo_mlx.classify(model, tokenizer, path)
+    own = shutil.copytree(tiny, tmp_path / "m")
+    tokenizer._tokenizer.save_pretrained(own)
+    write_jsonl(tmp_path / "train.jsonl", [CHOICE, bad] * 8)
+    with pytest.raises(UsageError, match="train.jsonl, line 2: the tokenizer has token 258"):
+        zo_mlx.train(model=str(own), data=str(tmp_path), adapter_path=str(tmp_path / "a"))
 
 
 def test_single_token_choices_share_one_row_and_longer_ones_the_fewest(

@@ -200,6 +200,16 @@ def test_a_resumed_run_has_the_same_bits(
     assert np.array_equal(_values(tmp_path / "a"), _values(tmp_path / "b"))
 
 
+def test_what_is_kept_leaves_room_for_a_step(spread: Path, tmp_path: Path) -> None:
+    long: list[dict[str, object]] = [{"text": f"{i} long " * 60} for i in range(60)]
+    write_jsonl(tmp_path / "long/train.jsonl", long)
+    settings = {"num_layers": 1, "memory_limit": 0.008, "val_batches": 0}
+    message = r"--cache-prefix: 0.00\d GB would be kept, .* leaves 0.00\d of --memory-limit"
+    with pytest.raises(UsageError, match=message):
+        _train(spread, tmp_path / "long", tmp_path / "a", cache_prefix=1.0, **settings)
+    assert _train(spread, tmp_path / "long", tmp_path / "a", **settings).peak_memory < 8e6
+
+
 def test_blocks_without_sensitive_weights_are_refused(tiny: Path, choice_data: Path, tmp_path: Path) -> None:
     """Those of the shared tiny model all lie in its first block."""
     with pytest.raises(UsageError, match="--num-layers 2: the last 2 blocks have no sensitive weights"):

@@ -1,3 +1,4 @@
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import zo_mlx
 from zo_mlx import adapter
 from zo_mlx.errors import Interrupted, UsageError
 from zo_mlx.files import load_safetensors, locked
-from zo_mlx.journal import Journal
+from zo_mlx.journal import Journal, record_size
 
 
 @pytest.mark.parametrize(
@@ -114,6 +115,49 @@ def test_a_run_that_replaces_another_leaves_none_of_its_ranks_journals(
     _train(tiny, choice_data, tmp_path / "a", iters=2, overwrite=True)
     _train(tiny, choice_data, tmp_path / "a", iters=2, resume=True)
     assert len(Journal.read(tmp_path / "a/journal")) == 2
+
+
+@pytest.mark.parametrize("name", ["best/adapters.safetensors", "best/values.safetensors", "rank-1/journal"])
+def test_files_below_the_directory_are_not_removed_unasked(
+    name: str, tiny: Path, choice_data: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "a" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("somebody's own")
+    with pytest.raises(UsageError, match="a holds files that a run would replace"):
+        _train(tiny, choice_data, tmp_path / "a")
+    assert file.read_text() == "somebody's own"
+    assert [p for p in (tmp_path / "a").rglob("*") if p.is_file()] == [file]
+
+
+def test_values_that_the_journal_does_not_lead_to_are_not_gone_on_from(
+    tiny: Path, choice_data: Path, tmp_path: Path
+) -> None:
+    """The journal has lost records of which there is a snapshot; and then other data lead elsewhere."""
+    rates = {"learning_rate": 1e-2, "val_batches": 0}
+    settings: dict[str, Any] = {**FAST, **rates, "model": str(tiny), "adapter_path": str(tmp_path / "a")}
+    zo_mlx.train(**settings, data=str(choice_data))
+    journal = Journal.read(tmp_path / "a/journal")
+    os.truncate(journal.path, journal.size_bytes - 2 * record_size(journal.header))
+    other = shutil.copytree(choice_data, tmp_path / "other")
+    lines = (other / "train.jsonl").read_text().splitlines(keepends=True)
+    (other / "train.jsonl").write_text("".join(reversed(lines)))
+    with pytest.raises(Interrupted), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapter, "write_snapshot", lambda *_: None)  # as if it had been killed
+        changed = {**settings, "data": str(other), "steps_per_report": 1}
+        zo_mlx.train(**changed, resume=True, changed_data=True, report=_interrupt_at(settings["iters"]))
+    zo_mlx.train(**{**settings, "iters": settings["iters"] + 1}, data=str(other), resume=True)
+    zo_mlx.replay(tiny, tmp_path / "a/journal", tmp_path / "again", progress=False)
+    assert (_values(tmp_path / "a") == _values(tmp_path / "again")).all()
+
+
+def test_directions_fit_the_batch_of_either_gradient(tiny: Path, choice_data: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "model": str(tiny), "data": str(choice_data), "adapter_path": str(tmp_path / "a"), "gradient": "exact",
+        "estimator": "two-sided", "directions": 8, "val_batches": 0, "progress": False,
+    }  # fmt: skip
+    zo_mlx.train(**settings, iters=1)
+    assert zo_mlx.train(**settings, iters=2, resume=True).iterations == 2
 
 
 def test_settings_may_be_given_again_when_resuming(tiny: Path, choice_data: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ same step, a resume replays the journal from the start. `best/` is an adapter of
 validation loss. What stock mlx-lm loads is made of the values when a run ends.
 """
 
+import contextlib
 import hashlib
 import json
 import re
@@ -51,9 +52,20 @@ class Best:
 
 
 def has_run(directory: Path) -> bool:
-    """Whether an adapter directory holds a run, or files that a run would replace."""
+    """Whether an adapter directory holds a run, or files that are named as those of one."""
     names = (JOURNAL, VALUES, OPTIMIZER, LORA_CONFIG, LORA_TENSORS, EVENTS, REPORT)
     return any((directory / name).exists() for name in names)
+
+
+def would_replace(directory: Path, ranks: int) -> bool:
+    """Whether a new run, of so many ranks, would replace or remove files that are there."""
+    best = any((directory / BEST / name).exists() for name in (VALUES, LORA_CONFIG, LORA_TENSORS))
+    return has_run(directory) or best or bool(_of_other_ranks(directory, ranks))
+
+
+def _of_other_ranks(directory: Path, ranks: int) -> set[Path]:
+    """Journals of ranks that a run of so many does not have."""
+    return {*directory.glob(f"rank-*/{JOURNAL}")} - {directory / f"rank-{rank}" / JOURNAL for rank in range(ranks)}
 
 
 def run_directory(directory: Path) -> Path:
@@ -65,10 +77,20 @@ def remove_run(directory: Path, ranks: int = 1) -> None:
     """Remove a run's files but for the journals, its own and of so many ranks, which a new run replaces."""
     for name in (VALUES, OPTIMIZER, f"{BEST}/{VALUES}", EVENTS, REPORT):
         (directory / name).unlink(missing_ok=True)
-    replaced = {directory / f"rank-{rank}" / JOURNAL for rank in range(ranks)}
-    for other in {*directory.glob(f"rank-*/{JOURNAL}")} - replaced:
+    for other in _of_other_ranks(directory, ranks):
         other.unlink()
     remove_lora(directory)
+
+
+def remove_later(directory: Path, step: int) -> None:
+    """Remove values of later steps than this, the last one that a journal has: where it goes on, it may lead to others.
+
+    Without values, an optimizer's state is of no use to anybody.
+    """
+    for place in (directory, directory / BEST):
+        with contextlib.suppress(UsageError):
+            if read_snapshot(place).step > step:
+                (place / VALUES).unlink()
 
 
 def remove_lora(directory: Path) -> None:

@@ -9,10 +9,10 @@ import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .config import check_range
-from .data import choice_example
+from .data import check_tokens, choice_example
 from .errors import UsageError
 from .head import split_head
-from .model import longest_sequence
+from .model import config_of, context_length, vocabulary_size
 from .objective import collate, scores
 from .progress import Progress
 from .records import Record, read_file
@@ -52,13 +52,15 @@ def classify(
         named = read_file(Path(data))
     else:
         named = [(f"record {n}", record) for n, record in enumerate(data, 1)]
-    longest = longest_sequence(model, max_seq_length)
+    config = config_of(model)
+    longest, vocabulary = min(max_seq_length, context_length(config)), vocabulary_size(config)
     examples = []
     for where, record in named:
         record = {"choices": choices, **{k: v for k, v in record.items() if k in ("prompt", "choices")}}
         if record["choices"] is None:
             raise UsageError(f"{where}: field 'choices' is missing; --choices gives those of lines that have none")
         examples.append(choice_example(record, tokenizer, longest, where))
+        check_tokens(examples[-1], vocabulary, where)
     head = split_head(model, any(len(e.rows) > 1 for e in examples))
     order = sorted(range(len(examples)), key=lambda i: examples[i].length)  # like lengths have the least padding
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

@@ -62,12 +62,12 @@ class _PrintCompletion(argparse.Action):
 def main(argv: list[str] | None = None) -> int:
     """Run a command; return the exit code: 0, 1 (run-time error), 2 (usage) or 130 (interrupted)."""
     args = build_parser().parse_args(argv)
-    for name in PATHS:
-        if isinstance(path := getattr(args, name, None), str):
-            setattr(args, name, expanded(path))
     # Stop as for Ctrl-C: a run is left to be resumed, temporary files are removed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        for name in PATHS:
+            if isinstance(path := getattr(args, name, None), str):
+                setattr(args, name, expanded(path))
         args.run(args)
         sys.stdout.flush()
     except ZoError as e:

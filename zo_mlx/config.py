@@ -201,7 +201,7 @@ class TrainConfig:
         if self.num_layers == 0:
             raise UsageError("num_layers must be at least 1, or -1 for all, not 0")
         if self.directions is not None and self.estimator == "two-sided":
-            self.directions = math.gcd(self.directions, self.batch_size or ZO_BATCH)
+            self.directions = math.gcd(self.directions, self.batch_size or _default_batch(self.gradient))
         if self.lr_schedule is not None:
             try:
                 self.lr_schedule = json.loads(json.dumps(self.lr_schedule))  # as the journal will give it back
@@ -247,6 +247,10 @@ EXACT_TOKENS = 512
 ONE_SIDED_DIRECTIONS = 7
 
 
+def _default_batch(gradient: str) -> int:
+    return EXACT_BATCH if gradient == "exact" else ZO_BATCH
+
+
 def value_type(field: dataclasses.Field[Any]) -> type:
     """The type of a setting's values other than None and a word."""
     kind: Any = field.type
@@ -267,7 +271,7 @@ def resolved(config: TrainConfig) -> TrainConfig:
     Where the batch is divided, as many directions as leave two examples to each: more directions average more of their
     noise away, but a share of one example pulls towards that example's label. See docs/numbers.md.
     """
-    batch = config.batch_size or (EXACT_BATCH if config.gradient == "exact" else ZO_BATCH)
+    batch = config.batch_size or _default_batch(config.gradient)
     shares = next((batch // p for p in range(2, math.isqrt(batch) + 1) if batch % p == 0), 1)
     directions = config.directions or (shares if config.estimator == "two-sided" else ONE_SIDED_DIRECTIONS)
     optimizer = config.optimizer or ("adam" if config.gradient == "exact" else "sgd")

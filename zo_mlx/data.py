@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -113,8 +113,20 @@ def load_dataset(
     return tokenized(read_file(path), tokenizer, max_length, mask_prompt, answers)
 
 
+def check_tokens(example: Example, vocabulary: int, where: str) -> None:
+    """Raise UsageError for a token that a model does not have: MLX would read whatever lies behind its embeddings."""
+    tokens = [*chain(*example.rows), *(target.token for choice in example.targets for target in choice)]
+    if (highest := max(tokens)) >= vocabulary:
+        raise UsageError(f"{where}: the tokenizer has token {highest}, the model only {vocabulary}")
+
+
 def tokenized(
-    records: Records, tokenizer: TokenizerWrapper, max_length: int, mask_prompt: bool = False, answers: bool = False
+    records: Records,
+    tokenizer: TokenizerWrapper,
+    max_length: int,
+    mask_prompt: bool = False,
+    answers: bool = False,
+    vocabulary: int = 1 << 30,
 ) -> Dataset:
     """Check and tokenize records, from `read_splits` or `read_file`; at least one. Those of a file are of one format.
 
@@ -124,6 +136,7 @@ def tokenized(
         mask_prompt: for `prompt`/`completion` and `messages`, count only the completion's tokens (mlx-lm's flag).
         answers: the model's own answers are to be compared with the completions: what has none is refused, and prompts
             are masked.
+        vocabulary: how many tokens the model has.
 
     Raises:
         UsageError: names the record and the field that is wrong.
@@ -132,8 +145,10 @@ def tokenized(
     parts = [_tokenized_file(file, tokenizer, max_length, mask_prompt, answers) for file in files]
     if len({part.kind for part in parts}) > 1:
         raise UsageError("some of the data have choices and some have not: " + ", ".join(place(f[0]) for f in files))
-    left_out = frozenset().union(*(part.left_out for part in parts))
-    return Dataset(parts[0].kind, [example for part in parts for example in part.examples], left_out)
+    examples = [example for part in parts for example in part.examples]
+    for (where, _), example in zip(records, examples, strict=True):
+        check_tokens(example, vocabulary, where)
+    return Dataset(parts[0].kind, examples, frozenset().union(*(part.left_out for part in parts)))
 
 
 def _tokenized_file(

@@ -18,7 +18,7 @@ from .data import Dataset, Example, tokenized
 from .errors import UsageError
 from .head import Head, split_head
 from .metric import CROSS_ENTROPY, Metric
-from .model import longest_sequence
+from .model import config_of, context_length, vocabulary_size
 from .objective import collate, denominator, example_losses, scores
 from .progress import Progress
 from .ranks import Ranks
@@ -114,8 +114,9 @@ def evaluate(
     features = {**FEATURES, **features}
     is_file = Path(data).is_file()
     records = read_file(Path(data), features) if is_file else read_splits(data, ["test"], features)["test"]
-    longest = longest_sequence(model, max_seq_length)
-    dataset = tokenized(records, tokenizer, longest, mask_prompt, answers=metric is not None)
+    config = config_of(model)
+    longest, vocabulary = min(max_seq_length, context_length(config)), vocabulary_size(config)
+    dataset = tokenized(records, tokenizer, longest, mask_prompt, metric is not None, vocabulary)
     count = -1 if num_batches == -1 else num_batches * batch_size
     judge = Judge(metric, tokenizer, dataset.kind, max_tokens or longest_completion(dataset)) if metric else None
     head = split_head(model, dataset.has_continuations or bool(judge and judge.generates))

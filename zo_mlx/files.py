@@ -60,7 +60,9 @@ def load_safetensors(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
 
 
 def expanded(path: str) -> str:
-    """A path whose ~ is replaced, as shells do, but not after = or in files."""
+    """A path whose ~ is replaced, as shells do, but not after = or in files. Raises UsageError if it is not text."""
+    if not is_text(path):  # which safetensors are not written to
+        raise UsageError(f"the path {path!r} is not valid UTF-8")
     return os.path.expanduser(path)  # noqa: PTH111  (pathlib takes ./a/b for a/b, which could be a hub id)
 
 

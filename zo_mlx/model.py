@@ -154,16 +154,25 @@ def load_sparse(
 
 def context_length(config: dict[str, Any]) -> int:
     """The longest sequence a model was made for, in tokens; very large where its config does not say."""
-    for key in ("max_position_embeddings", "n_positions", "max_sequence_length"):
+    return _number(config, "max_position_embeddings", "n_positions", "max_sequence_length")
+
+
+def vocabulary_size(config: dict[str, Any]) -> int:
+    """How many tokens a model has; very many where its config does not say."""
+    return _number(config, "vocab_size")
+
+
+def _number(config: dict[str, Any], *keys: str) -> int:
+    for key in keys:
         for place in (config, config.get("text_config")):
-            if isinstance(place, dict) and type(length := place.get(key)) is int:
-                return length
+            if isinstance(place, dict) and type(found := place.get(key)) is int:
+                return found
     return 1 << 30
 
 
-def longest_sequence(model: nn.Module, most: int) -> int:
-    """In tokens: `most`, or the context length of a loaded model if that is less."""
-    return min(most, context_length(vars(getattr(model, "args", SimpleNamespace()))))
+def config_of(model: nn.Module) -> dict[str, Any]:
+    """What a loaded model knows of its config."""
+    return vars(getattr(model, "args", SimpleNamespace()))
 
 
 def load(path: str | Path, adapter_path: str | Path | None = None) -> tuple[nn.Module, TokenizerWrapper]:

@@ -107,6 +107,7 @@ def resume(run: Run, past: Journal, changed_data: bool, given: dict[str, Any]) -
     check_space(run.directory, (run.config.iters - len(past)) * record_size(past.header))
     with reporting_disk_errors(run.directory):
         adapter.remove_lora(run.directory)
+        adapter.remove_later(run.directory, len(past))
     run.follow(past, settings=given, resume=True, changed_data=changed_data)
     last = past.last()
     if last and last.tokens_at_once != (run.config.tokens_at_once or 0):  # memory was short

@@ -11,7 +11,7 @@ from .errors import UsageError
 from .ranks import Ranks
 from .result import TrainResult
 from .run import Report
-from .train import train
+from .train import check_place, train
 
 
 @dataclass
@@ -50,12 +50,15 @@ def train_seeds(seeds: int, *, resume: bool = False, report: Report | None = Non
         raise UsageError("several seeds are for one machine: leave out --seeds, or mlx.launch")
     config = TrainConfig(**{k: settings[k] for k in ("adapter_path", "seed") if k in settings})
     config.check()
-    directory, runs = Path(config.adapter_path), []
-    for seed in range(config.seed, config.seed + seeds):
-        own = {**settings, "seed": seed, "adapter_path": str(directory / f"seed-{seed}")}
+    places = {s: Path(config.adapter_path, f"seed-{s}") for s in range(config.seed, config.seed + seeds)}
+    begun = {s for s, place in places.items() if resume and adapter.has_run(place)}
+    for seed in places.keys() - begun:  # before hours of the first ones
+        check_place(places[seed], settings.get("overwrite", False))
+    runs = []
+    for seed, place in places.items():
+        own = {**settings, "seed": seed, "adapter_path": str(place)}
         tell = None if report is None else lambda event, seed=seed: report({**event, "seed": seed})  # type: ignore[misc]
-        begun = adapter.has_run(directory / f"seed-{seed}")
-        runs.append(train(resume=resume and begun, report=tell, **own))
+        runs.append(train(resume=seed in begun, report=tell, **own))
     spread = {}
     for name, found in (("val", [r.after for r in runs]), ("test", [r.test for r in runs])):
         if all(found):

@@ -21,7 +21,7 @@ from .files import sha256
 from .fit import blocks_that_fit, exact_tokens_that_fit, longest_batch, tokens_that_fit
 from .head import split_head
 from .metric import CROSS_ENTROPY, Metric
-from .model import context_length, fingerprints, load_sparse
+from .model import context_length, fingerprints, load_sparse, vocabulary_size
 from .objective import layout
 from .prefix import Prefix
 from .ranks import Ranks
@@ -54,6 +54,7 @@ class Setup:
         self.sizes = {path: tensor.size for path, tensor in index.tensors.items()}
         self.metric = None if config.objective == CROSS_ENTROPY else Metric(config.objective)
         self.longest = min(config.max_seq_length, context_length(model_config))
+        self.vocabulary = vocabulary_size(model_config)
         features = {name: getattr(config, name) for name in FEATURES}
         splits = read_splits(config.data, SPLITS if config.test else SPLITS[:2], features, config.hf_dataset)
         if "valid" not in splits:
@@ -113,7 +114,8 @@ class Setup:
                 raise UsageError(f"rank {rank} differs from rank 0: {', '.join(different)}")
 
     def tokenized(self, records: Records) -> Dataset:
-        dataset = tokenized(records, self.tokenizer, self.longest, self.config.mask_prompt, self.metric is not None)
+        mask, scored = self.config.mask_prompt, self.metric is not None
+        dataset = tokenized(records, self.tokenizer, self.longest, mask, scored, self.vocabulary)
         if cut := dataset.truncated:
             self.warn(f"{place(records[0])}: {cut} sequences are longer than {self.longest} tokens and were cut")
         for name in sorted(dataset.left_out):
@@ -138,6 +140,11 @@ class Setup:
                 room, self.sparse, self.head, self.trainable.initial, examples, config, prefix, self.judge
             )
         config.tokens_at_once = fit
+        if room < least <= limit:
+            raise UsageError(
+                f"--cache-prefix: {(limit - room) / 1e9:.3f} GB would be kept, but a step of the longest example alone "
+                f"leaves {(limit - least) / 1e9:.3f} of --memory-limit: give no more than that"
+            )
         if least > limit:
             self.warn(f"--memory-limit: the longest example alone takes {least / 1e9:.3f} GB")
 

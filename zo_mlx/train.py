@@ -82,12 +82,12 @@ def _train(
             run.report = followed(run.report, run.config) if ranks.is_first else run.report
             resume_run(run, past, changed_data, settings)
         else:
-            _check_place(directory, overwrite)
+            check_place(directory, overwrite, ranks.count)
             run = Run(given, report, progress, ranks)
             with reporting_disk_errors(directory):
                 directory.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(directory))
-            _check_place(directory, overwrite)  # another process may have begun one while the model was loading
+            check_place(directory, overwrite, ranks.count)  # another process may have begun one in the meantime
             run.report = followed(run.report, run.config) if ranks.is_first else run.report
             run.start(settings)
         held.enter_context(run.journal.open())
@@ -96,11 +96,11 @@ def _train(
         return run.go()
 
 
-def _check_place(directory: Path, overwrite: bool) -> None:
-    """Raise UsageError where a new run would mix with a model, or replace something unasked."""
+def check_place(directory: Path, overwrite: bool, ranks: int = 1) -> None:
+    """Raise UsageError where a new run, of so many ranks, would mix with a model, or replace something unasked."""
     if (directory / "config.json").exists():
         raise UsageError(f"{directory} holds a model: give another --adapter-path")
-    if overwrite or not adapter.has_run(directory):
+    if overwrite or not adapter.would_replace(directory, ranks):
         return
     if (directory / journal.FILE_NAME).exists():
         raise UsageError(
