@@ -9,6 +9,7 @@ from conftest import byte_tokenizer, write_jsonl
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.datasets import CacheDataset, load_local_dataset
 from mlx_lm.tuner.trainer import iterate_batches
+from tokenizers import normalizers
 
 import zo_mlx
 from zo_mlx.batches import batch_order
@@ -124,6 +125,14 @@ def test_tokens_that_the_model_does_not_have_are_refused(tiny: Path, tmp_path: P
     write_jsonl(tmp_path / "train.jsonl", [CHOICE, bad] * 8)
     with pytest.raises(UsageError, match="train.jsonl, line 2: the tokenizer has token 258"):
         zo_mlx.train(model=str(own), data=str(tmp_path), adapter_path=str(tmp_path / "a"))
+
+
+def test_choices_that_the_tokenizer_makes_one_are_refused(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    path = write_jsonl(tmp_path / "d.jsonl", [{**CHOICE, "completion": "\u00e9", "choices": ["\u00e9", "e\u0301"]}])
+    with pytest.raises(UsageError, match="line 1: two of the choices .* are the same tokens"):
+        load_dataset(path, TokenizerWrapper(tokenizer), 99)
 
 
 def test_single_token_choices_share_one_row_and_longer_ones_the_fewest(

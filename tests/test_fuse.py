@@ -155,7 +155,8 @@ def test_gguf_holds_the_weights_under_llama_cpps_names(
         ({"bits": 4}, "--bits must be 8 or 16"),
         ({"adapter_path": "nowhere"}, "no such adapter"),
         ({"export_gguf": True}, "needs --dequantize"),
-        ({"export_gguf": True, "dequantize": True, "gguf_path": "../x.gguf"}, "must be a file name"),
+        ({"export_gguf": True, "dequantize": True, "gguf_path": "../x.gguf"}, "must be a name that ends in .gguf"),
+        ({"export_gguf": True, "dequantize": True, "gguf_path": "config.json"}, "must be a name that ends in .gguf"),
         ({"export_gguf": True, "dequantize": True}, "another one"),
     ],
 )

@@ -257,6 +257,8 @@ def choice_example(record: Record, tokenizer: TokenizerWrapper, max_length: int,
         raise UsageError(f"{where}: completion {completion!r} is not among the choices {choices}")
     alone = tokenizer.encode(prompt)
     sequences = [tokenizer.encode(prompt + choice) for choice in choices]
+    if len({*map(tuple, sequences)}) < len(choices):
+        raise UsageError(f"{where}: two of the choices {choices} are the same tokens to the model")
     # A choice may merge with the prompt's last token: it begins where any of the texts first differ.
     start = min(_common_prefix([alone, *sequences]), *(len(s) - 1 for s in sequences))
     if start == 0:

@@ -131,8 +131,8 @@ def _check_gguf(directory: Path, config: dict[str, Any], dequantize: bool, name:
     """Raise UsageError for what mlx-lm's GGUF writer would not do, or not right."""
     if not dequantize:
         raise UsageError("--export-gguf needs --dequantize: mlx-lm writes GGUF files with 16 bits only")
-    if Path(name).name != name:
-        raise UsageError(f"--gguf-path {name} must be a file name: the file is put into the directory to write")
+    if Path(name).name != name or not name.endswith(".gguf"):  # which the model's own files do not
+        raise UsageError(f"--gguf-path {name} must be a name that ends in .gguf, of a file in the directory to write")
     if config["model_type"] not in _GGUF_TYPES:
         raise UsageError(f"mlx-lm writes GGUF files of {', '.join(_GGUF_TYPES)} models, not of {config['model_type']}")
     vocabulary = read_json(directory / "tokenizer.json").get("model")
