@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from .. import __version__
-from ..config import check_range
+from ..config import GB, check_range
 from ..errors import UsageError
 from ..files import sha256
 from ..index import SensitiveIndex, write_index
@@ -124,7 +124,7 @@ def convert(
     check_range("--sequence-length", sequence_length, 2)
     check_range("--seed", seed, 0)
     if memory_limit is not None:
-        check_range("--memory-limit", memory_limit, 1e-3)
+        check_range("--memory-limit", memory_limit, 1e-3, **GB)
     limit = int(memory_limit * 1e9) if memory_limit else None
     check_choice(density, scope)
     check_option("--mask", mask, Mask)
