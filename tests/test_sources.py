@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
-from conftest import dense_weights, write_hf_llama
+from conftest import convert_tiny, dense_weights, write_hf_llama
 from mlx.utils import tree_unflatten
 from test_convert import SMALL
 from zo_mlx.convert import sources, write
@@ -179,3 +179,13 @@ def test_a_model_that_is_already_quantized_gets_its_index(
         model=str(tmp_path / "out"), data=str(choice_data), adapter_path=str(tmp_path / "a"), iters=2, batch_size=4,
         progress=False,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["quantization", "quantization_config"])
+def test_null_is_not_quantized(key: str, tiny_hf: Path, tiny: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(tiny_hf, tmp_path / "hf"))
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, key: None}))
+    out = convert_tiny(source, tmp_path / "out")
+    for name in ("config.json", "model.safetensors"):
+        assert (out / name).read_bytes() == (tiny / name).read_bytes()
