@@ -112,6 +112,7 @@ def _weight_map(content: object) -> object:
         (_config(hidden_size="wide"), "cannot be loaded"),
         (_config(model_file="evil.py"), "needs custom code"),
         (_config(rope_theta="wide"), "the model cannot be computed: TypeError"),
+        (_config(vocab_size=4), "vocab_size is 4, and must be at least 5"),
         (_config(num_hidden_layers=10**9), "num_hidden_layers = 1000000000 for"),
         (_config(quantization={"bits": 4}), "cannot be loaded"),
         (

@@ -19,6 +19,9 @@ from .product import prepare
 from .shards import shard
 from .sparse import SparseModel
 
+# Models are tried with the tokens 1, 2 and 3; where an embedding has fewer, MLX reads and writes beyond it.
+LEAST_VOCABULARY = 5
+
 
 def load_stock_model(directory: Path, lazy: bool = False) -> tuple[nn.Module, dict[str, Any]]:
     """mlx-lm's `load_model`, after checks that turn damaged or foreign directories into one clear line.
@@ -46,6 +49,7 @@ def load_stock_model(directory: Path, lazy: bool = False) -> tuple[nn.Module, di
         if isinstance(layers := config.get(key), int) and layers > tensors:  # mlx-lm would build them all first
             raise UsageError(f"{directory} cannot be loaded: config.json has {key} = {layers} for {tensors} tensors")
     try:
+        check_vocabulary(config)
         return load_model(directory, lazy=lazy)
     except Exception as e:  # whatever an architecture raises on a config or tensors it does not expect
         raise UsageError(f"{directory} cannot be loaded: {str(e)[:300] or type(e).__name__}") from None
@@ -159,6 +163,13 @@ def context_length(config: dict[str, Any]) -> int:
             if isinstance(place, dict) and type(length := place.get(key)) is int:
                 return length
     return 1 << 30
+
+
+def check_vocabulary(config: dict[str, Any]) -> None:
+    """Raise ValueError for a model that has fewer tokens than models are tried with."""
+    for place in (config, config.get("text_config")):
+        if isinstance(place, dict) and isinstance(size := place.get("vocab_size"), int) and size < LEAST_VOCABULARY:
+            raise ValueError(f"vocab_size is {size}, and must be at least {LEAST_VOCABULARY}")
 
 
 def longest_sequence(model: nn.Module, most: int) -> int:
