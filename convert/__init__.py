@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from .. import __version__
-from ..config import check_range
+from ..config import GB, check_range
 from ..errors import UsageError
 from ..files import sha256
 from ..index import SensitiveIndex, write_index
@@ -27,7 +27,7 @@ from .select import Scope, check_choice, check_option
 from .sensitivity import DEFAULT_TEXT, calibration_sequences
 from .sources import open_source
 from .workspace import workspace
-from .write import REPORT, copy_model, model_bytes, upload, write_model
+from .write import REPORT, copy_model, model_bytes, model_files, upload, write_model
 
 __all__ = ["Conversion", "convert"]
 
@@ -124,7 +124,7 @@ def convert(
     check_range("--sequence-length", sequence_length, 2)
     check_range("--seed", seed, 0)
     if memory_limit is not None:
-        check_range("--memory-limit", memory_limit, 1e-3)
+        check_range("--memory-limit", memory_limit, 1e-3, **GB)
     limit = int(memory_limit * 1e9) if memory_limit else None
     check_choice(density, scope)
     check_option("--mask", mask, Mask)
@@ -144,6 +144,7 @@ def convert(
                 f"{hf_path} is already quantized: --q-bits, --q-group-size, --q-mode, --quant-predicate and --isolate "
                 "do not apply"
             )
+        copied = model_files(source.directory) if source.quantized else []
         if sequence_length > (most := context_length(source.config)):
             raise UsageError(f"{hf_path} was made for at most {most} tokens: give a smaller --sequence-length")
         sequences = calibration_sequences(source.tokenizer, text, num_samples, sequence_length, seed)
@@ -187,7 +188,7 @@ def convert(
         index = SensitiveIndex(gather(source.open_model(), ranking.chosen, progress))
         watch.lap("select")
         if source.quantized:
-            copy_model(work.result, source.directory)
+            copy_model(work.result, copied)
             watch.lap("write")
         else:
             model, _ = quantization.apply(source.open_model(), source.config)

@@ -109,9 +109,12 @@ def _fetch(hub_id: str, revision: str | None) -> Path:
 
 def _open_directory(directory: Path, hub_id: str | None, files: list[Path], dtype: str | None) -> Source:
     config = read_json(directory / "config.json")
-    if "quantization_config" in config and "quantization" not in config:
+    if config.get("quantization_config") is not None and config.get("quantization") is None:
         raise UsageError(f"{directory} is quantized, but not by MLX; convert from the full-precision model instead")
     _, config = load_stock_model(directory, lazy=True)
+    for key in ("quantization", "quantization_config"):
+        if config.get(key) is None:  # null is what tools write of a model that is not quantized
+            config.pop(key, None)
     tokenizer = load_tokenizer_of(directory, config)
     # The same choice, from the same fields, as mlx_lm.convert's, or its tensors would differ from ours.
     text_config = config.get("text_config")

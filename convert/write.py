@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import create_model_card, get_total_parameters, make_shards, save_config, upload_to_hub
 
-from ..errors import ZoError
+from ..errors import UsageError, ZoError
 from ..files import write_atomically
 from ..index import FILE_NAME as INDEX
 from ..progress import Progress, redirected_to_stderr
@@ -26,6 +26,12 @@ _DTYPES = {
     mx.bool_: "BOOL", mx.uint8: "U8", mx.int8: "I8", mx.uint16: "U16", mx.int16: "I16", mx.uint32: "U32",
     mx.int32: "I32", mx.uint64: "U64", mx.int64: "I64", mx.float16: "F16", mx.bfloat16: "BF16", mx.float32: "F32",
 }  # fmt: skip
+
+# Of a model that is copied as it is. Tokenizers are in files that transformers and mlx-lm call so.
+_COPIED = (
+    "model*.safetensors", "*.json", "*.model", "*.tiktoken", "merges.txt", "vocab.txt", "*.jinja", "README.md",
+    "LICENSE*",
+)  # fmt: skip
 
 
 def write_model(
@@ -96,11 +102,27 @@ def upload(directory: Path, repo: str) -> None:
         raise ZoError(f"{directory} is made, but cannot be uploaded to {repo}: {str(e)[:300]}") from None
 
 
-def copy_model(out: Path, source: Path) -> None:
-    """Copy a model directory's weights, configuration and tokenizer; not its code, index or folders."""
-    for file in source.iterdir():
-        if file.is_file() and file.suffix != ".py" and file.name not in (INDEX, REPORT):
-            shutil.copyfile(file, out / file.name)
+def model_files(source: Path) -> list[Path]:
+    """What makes up a model directory: weights, configuration, tokenizer, card and license; not its code or index.
+
+    Raises UsageError for a link to elsewhere: what it leads to may not be meant for those who get the copy.
+    """
+    directory = source.resolve()
+    inside = [directory]
+    if directory.parent.name == "snapshots":  # of the hub's cache, where all files are links
+        inside.append(directory.parents[1] / "blobs")
+    files = sorted({file for pattern in _COPIED for file in source.glob(pattern) if file.is_file()})
+    files = [file for file in files if file.name not in (INDEX, REPORT)]
+    for file in files:
+        if not any(file.resolve().is_relative_to(place) for place in inside):
+            raise UsageError(f"{file} is a link that leads out of the directory: put the file itself there")
+    return files
+
+
+def copy_model(out: Path, files: list[Path]) -> None:
+    """Copy `model_files`."""
+    for file in files:
+        shutil.copyfile(file, out / file.name)
 
 
 def _write_shard(path: Path, tensors: dict[str, mx.array], lap: Callable[[str], None], bar: Progress) -> None:

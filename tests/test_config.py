@@ -1,3 +1,4 @@
+import dataclasses
 import datetime
 from typing import Any
 
@@ -8,6 +9,9 @@ import zo_mlx
 from zo_mlx.config import TrainConfig, resolved
 from zo_mlx.errors import UsageError
 from zo_mlx.optimizer import Optimizer
+
+CIRCLE: dict[str, Any] = {"path": "a/b"}
+CIRCLE["config"] = CIRCLE  # as YAML's anchors can make it
 
 
 @pytest.mark.parametrize(
@@ -33,6 +37,15 @@ from zo_mlx.optimizer import Optimizer
         ({"optimizer_config": {"adam": {"betas": 3}}}, "optimizer_config is none of"),
         ({"seed": 2**64}, "seed must be at most 9223372036854775807"),
         ({"seed": -1}, "seed must be at least 0, not -1"),
+        ({"seed": 1 << 20_000}, "seed must be int, not inf"),
+        ({"learning_rate": 10**400}, "learning_rate must be at most .*, not inf"),
+        ({"learning_rate": -(10**400)}, "learning_rate must be at least 0, not -inf"),
+        ({"memory_limit": 10**400}, "memory_limit must be at most 1000000 GB, not inf GB"),
+        ({"memory_limit": 32 << 30}, "memory_limit must be at most 1000000 GB, not 34359738368.0 GB"),
+        ({"cache_prefix": 1e300}, r"cache_prefix must be at most 1000000 GB, not 1e\+300 GB"),
+        ({"batch_size": 2**63 - 25}, "batch_size must be at most 1048576, not 9223372036854775783"),
+        ({"hf_dataset": {datetime.date.today(): 1}}, "hf_dataset cannot be written as JSON, .*: keys must be str"),
+        ({"hf_dataset": CIRCLE}, "hf_dataset cannot be written as JSON, .*: Circular reference detected"),
         ({"model": "a\0b"}, "model must not hold a null character"),
         ({"learnin_rate": 1.0}, "no such settings: learnin_rate"),
     ],
@@ -40,6 +53,12 @@ from zo_mlx.optimizer import Optimizer
 def test_settings_out_of_range_are_named(settings: dict[str, object], problem: str) -> None:
     with pytest.raises(UsageError, match=problem):
         zo_mlx.train(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("setting", [{"batch_size": 2**63 - 25}, {"memory_limit": 1e300}])
+def test_a_journal_cannot_ask_for_more_either(setting: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match="must be at most"):
+        TrainConfig.recorded(dataclasses.asdict(TrainConfig()) | setting)
 
 
 @pytest.mark.parametrize(("batch", "directions", "used"), [(16, 8, 8), (4, 8, 4), (6, 4, 2), (7, 8, 1)])

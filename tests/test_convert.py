@@ -193,6 +193,7 @@ def test_existing_output_is_not_touched(tiny_hf: Path, tmp_path: Path) -> None:
         ({"density": 0.0}, "--density"),
         ({"num_samples": 0}, "--num-samples"),
         ({"memory_limit": 0}, "--memory-limit must be at least"),
+        ({"memory_limit": 32 << 30}, "--memory-limit must be at most 1000000 GB"),
         ({"sequence_length": 1}, "--sequence-length"),
         ({"sequence_length": 513}, "was made for at most 512 tokens: give a smaller --sequence-length"),
         ({"dtype": "int4"}, "--dtype"),

@@ -248,6 +248,7 @@ def test_what_cannot_be_done_is_refused(content: str, problem: str, tmp_path: Pa
         ("hf_dataset: [a]", "hf_dataset must be a block of settings, or a list of them"),
         ("hf_dataset: []", "hf_dataset must be a block"),
         ("hf_dataset: {path: a/b, config: {trust_remote_code: true}}", "trust_remote_code is not possible"),
+        ("hf_dataset: {path: a/b, config: 5}", "hf_dataset 1, a/b: config must be a block of arguments, not 5"),
         ("hf_dataset: {path: a/b}\ntest: true", "hf_dataset 1, a/b: there is no test_split, which --test needs"),
         ("hf_dataset: {path: /none}", "/none: the dataset cannot be loaded"),
     ],

@@ -273,6 +273,9 @@ def test_without_a_network_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: p
         ({"model_file": "evil.py"}, "code that comes with the model"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000"),
         ({"num_hidden_layers": 0}, "mlx-lm cannot make a model of this config"),
+        ({"vocab_size": 4}, "vocab_size is 4, and must be at least 5"),  # or MLX would read and write beyond it
+        ({"text_config": {"vocab_size": 1}}, "vocab_size is 1, and must be at least 5"),
+        ({"num_key_value_heads": 3}, "a model of this config cannot be computed: "),
         ({"hidden_size": "many"}, "mlx-lm cannot make a model of this config"),
         ({"quantization": 4}, "mlx-lm cannot make a model of this config"),
         ({"quantization": {"bits": 77, "group_size": 32}}, "mlx-lm cannot make a model of this config"),

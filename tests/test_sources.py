@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
-from conftest import dense_weights, write_hf_llama
+from conftest import convert_tiny, dense_weights, write_hf_llama
 from mlx.utils import tree_unflatten
 from test_convert import SMALL
 from zo_mlx.convert import sources, write
@@ -112,6 +112,7 @@ def _weight_map(content: object) -> object:
         (_config(hidden_size="wide"), "cannot be loaded"),
         (_config(model_file="evil.py"), "needs custom code"),
         (_config(rope_theta="wide"), "the model cannot be computed: TypeError"),
+        (_config(vocab_size=4), "vocab_size is 4, and must be at least 5"),
         (_config(num_hidden_layers=10**9), "num_hidden_layers = 1000000000 for"),
         (_config(quantization={"bits": 4}), "cannot be loaded"),
         (
@@ -179,3 +180,44 @@ def test_a_model_that_is_already_quantized_gets_its_index(
         model=str(tmp_path / "out"), data=str(choice_data), adapter_path=str(tmp_path / "a"), iters=2, batch_size=4,
         progress=False,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["quantization", "quantization_config"])
+def test_null_is_not_quantized(key: str, tiny_hf: Path, tiny: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(tiny_hf, tmp_path / "hf"))
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, key: None}))
+    out = convert_tiny(source, tmp_path / "out")
+    for name in ("config.json", "model.safetensors"):
+        assert (out / name).read_bytes() == (tiny / name).read_bytes()
+
+
+def test_only_what_a_model_needs_is_copied(tiny: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(tiny, tmp_path / "mlx"))
+    (tmp_path / "secret").write_text("mine")
+    (source / "notes.txt").symlink_to(tmp_path / "secret")
+    for name in ("pytorch_model.bin", "x.gguf", "evil.py", "train.jsonl", ".env", "LICENSE.md", "merges.txt"):
+        (source / name).write_text("x")
+    (source / "vocab.txt").symlink_to("merges.txt")
+    zo_mlx.convert(str(source), str(tmp_path / "out"), **SMALL)
+    names = {path.name for path in tiny.iterdir()} | {"LICENSE.md", "merges.txt", "vocab.txt"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+
+
+def test_links_are_followed_within_a_model_only(tiny: Path, tmp_path: Path) -> None:
+    """A snapshot of the hub's cache is nothing but links to what the cache has of the same model."""
+    blobs, snapshot = tmp_path / "models--a--b/blobs", tmp_path / "models--a--b/snapshots/c"
+    shutil.copytree(tiny, blobs)
+    snapshot.mkdir(parents=True)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    zo_mlx.convert(str(snapshot), str(tmp_path / "out"), **SMALL)
+    assert fingerprint(tmp_path / "out") == fingerprint(tiny)
+
+    (tmp_path / "secret").write_text("{}")
+    for source in (snapshot, Path(shutil.copytree(tiny, tmp_path / "mlx"))):
+        (source / "extra.json").symlink_to(tmp_path / "secret")
+        with pytest.raises(UsageError, match="is a link that leads out of the directory"):
+            zo_mlx.convert(str(source), str(tmp_path / "again"), **SMALL)
+    assert not (tmp_path / "again").exists()

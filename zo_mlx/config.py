@@ -23,6 +23,10 @@ T = TypeVar("T")
 OPTIMIZERS = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "lion": "Lion"}
 
 
+# No machine has a million of them: whoever gives more has given bytes.
+GB: dict[str, Any] = {"most": 10**6, "unit": " GB"}
+
+
 def _setting(default: Any, help: str, least: float | None = None, **more: Any) -> Any:
     return field(default=default, metadata={"help": help, "least": least, **more})
 
@@ -42,7 +46,9 @@ class TrainConfig:
     text_feature: str = _setting("text", "Name of the field with plain text.")
     adapter_path: str = _setting("adapters", "Directory for the result.")
     seed: int = _setting(0, "Decides data order and directions.", least=0)
-    batch_size: int | None = _setting(None, "Examples per step; default: 4, or 16 for exact gradients.", least=1)
+    batch_size: int | None = _setting(
+        None, "Examples per step; default: 4, or 16 for exact gradients.", least=1, most=1 << 20
+    )
     num_layers: int | None = _setting(
         None,
         "Train the sensitive weights of this many last blocks, -1 for all; default: half of them, but all for exact "
@@ -50,10 +56,10 @@ class TrainConfig:
         least=-1,
     )
     cache_prefix: float | None = _setting(
-        None, "GB of the untrained first blocks' results to keep for later epochs.", least=0
+        None, "GB of the untrained first blocks' results to keep for later epochs.", least=0, **GB
     )
     memory_limit: float | None = _setting(
-        None, "GB that MLX is to use at most, weights included: decides on tokens at once.", least=1e-6
+        None, "GB that MLX is to use at most, weights included: decides on tokens at once.", least=1e-6, **GB
     )
     tokens_at_once: int | None = _setting(
         None,
@@ -164,13 +170,18 @@ class TrainConfig:
             blocks: Any = self.hf_dataset if isinstance(self.hf_dataset, list) else [self.hf_dataset]
             if not blocks or not all(isinstance(block, dict) for block in blocks):
                 raise UsageError(f"hf_dataset must be a block of settings, or a list of them, not {self.hf_dataset}")
-            self.hf_dataset = json.loads(json.dumps(blocks, default=str))  # as the journal will give it back
+            try:
+                self.hf_dataset = json.loads(json.dumps(blocks, default=str))  # as the journal will give it back
+            except (TypeError, ValueError) as e:  # YAML has keys that JSON has not, and blocks within themselves
+                raise UsageError(f"hf_dataset cannot be written as JSON, as journals have it: {e}") from None
         for f in dataclasses.fields(self):
             value: Any = getattr(self, f.name)
             kind: Any = value_type(f)
             least: float | None = f.metadata["least"]
             if (value is None and f.default is None) or (value is not None and value == f.metadata.get("word")):
                 continue
+            if type(value) is int and abs(value) > sys.float_info.max:  # Python does not even write it out
+                value = math.inf if value > 0 else -math.inf
             if kind is float and type(value) is int:
                 value = float(value)
                 setattr(self, f.name, value)
@@ -180,9 +191,8 @@ class TrainConfig:
             if kind is str and "\0" in value:
                 raise UsageError(f"{f.name} must not hold a null character")
             if least is not None:
-                check_range(
-                    f.name, value, least, f.metadata.get("most", sys.float_info.max if kind is float else _MOST)
-                )
+                most = f.metadata.get("most", sys.float_info.max if kind is float else _MOST)
+                check_range(f.name, value, least, most, f.metadata.get("unit", ""))
             if (choices := f.metadata.get("choices")) and value not in choices:
                 raise UsageError(f"{f.name} must be one of {', '.join(choices)}, not {value}")
         check_objective(self.objective)
@@ -225,12 +235,12 @@ class TrainConfig:
 _MOST = 2**63 - 1  # seeds and step numbers are hashed and written as 64 bits
 
 
-def check_range(name: str, value: float, least: float, most: float = _MOST) -> None:
+def check_range(name: str, value: float, least: float, most: float = _MOST, unit: str = "") -> None:
     """Raise UsageError for a number out of range."""
     if not value >= least:
-        raise UsageError(f"{name} must be at least {least}, not {value}")
+        raise UsageError(f"{name} must be at least {least}{unit}, not {value}{unit}")
     if value > most:
-        raise UsageError(f"{name} must be at most {most}, not {value}")
+        raise UsageError(f"{name} must be at most {most}{unit}, not {value}{unit}")
 
 
 # Large steps pay while the loss is far from its floor; later the noise of random directions asks for smaller ones. A

@@ -19,6 +19,9 @@ from .product import prepare
 from .shards import shard
 from .sparse import SparseModel
 
+# Models are tried with the tokens 1, 2 and 3; where an embedding has fewer, MLX reads and writes beyond it.
+LEAST_VOCABULARY = 5
+
 
 def load_stock_model(directory: Path, lazy: bool = False) -> tuple[nn.Module, dict[str, Any]]:
     """mlx-lm's `load_model`, after checks that turn damaged or foreign directories into one clear line.
@@ -46,6 +49,7 @@ def load_stock_model(directory: Path, lazy: bool = False) -> tuple[nn.Module, di
         if isinstance(layers := config.get(key), int) and layers > tensors:  # mlx-lm would build them all first
             raise UsageError(f"{directory} cannot be loaded: config.json has {key} = {layers} for {tensors} tensors")
     try:
+        check_vocabulary(config)
         return load_model(directory, lazy=lazy)
     except Exception as e:  # whatever an architecture raises on a config or tensors it does not expect
         raise UsageError(f"{directory} cannot be loaded: {str(e)[:300] or type(e).__name__}") from None
@@ -173,6 +177,12 @@ def _number(config: dict[str, Any], *keys: str) -> int:
 def config_of(model: nn.Module) -> dict[str, Any]:
     """What a loaded model knows of its config."""
     return vars(getattr(model, "args", SimpleNamespace()))
+
+
+def check_vocabulary(config: dict[str, Any]) -> None:
+    """Raise ValueError for a model that has fewer tokens than models are tried with."""
+    if (size := vocabulary_size(config)) < LEAST_VOCABULARY:
+        raise ValueError(f"vocab_size is {size}, and must be at least {LEAST_VOCABULARY}")
 
 
 def load(path: str | Path, adapter_path: str | Path | None = None) -> tuple[nn.Module, TokenizerWrapper]:

@@ -5,7 +5,8 @@ Weights are counted: they follow from the model's config. What a step takes abov
 """
 
 import bisect
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from .config import TrainConfig, check_range, filled, resolved
+from .errors import UsageError, ZoError
 from .memory import bounded_cache
 from .miniature import LoraMiniature, Miniature, Steps
 from .model import context_length, load_sparse
@@ -115,7 +117,7 @@ def plan(
 
     ways = {gradient: replace(config, gradient=gradient) for gradient in ("zo", "exact")}
     rows = {name: filled(resolved(own).batch_size) for name, own in ways.items()}
-    with bounded_cache(), Progress("Steps of a model of zeros", 3, "method", progress) as bar:
+    with bounded_cache(), _computing(model), Progress("Steps of a model of zeros", 3, "method", progress) as bar:
         peak = _measured(Path(model), ways[measure], rows[measure], tokens) if measure else None
         needs = dict[str, Need]()
         for name, own in ways.items():
@@ -141,6 +143,17 @@ def plan(
         estimate = result["needs"][measure]["total"]
         result["measured"] = {"step": measure, "peak": peak, "estimate": estimate, "error": estimate / peak - 1}
     return result
+
+
+@contextlib.contextmanager
+def _computing(model: str) -> Iterator[None]:
+    """Turn whatever an architecture raises on a config that it can be made of, but not computed, into a UsageError."""
+    try:
+        yield
+    except (ZoError, OSError, RuntimeError, MemoryError):  # a full disk, say, is none of the config's
+        raise
+    except Exception as e:
+        raise UsageError(f"{model}: a model of this config cannot be computed: {str(e)[:300]}") from None
 
 
 def _need(weights: int, small: Miniature, rows: int, tokens: int) -> Need:

@@ -107,7 +107,9 @@ def _block(number: int, block: dict[str, Any], splits: Collection[str]) -> dict[
     name = f"hf_dataset {number}, {block.get('path')}"
     if not isinstance(block.get("path"), str):
         raise UsageError(f"hf_dataset {number} needs a path, the name of a dataset; it has {', '.join(block)}")
-    if "trust_remote_code" in (block.get("config") or {}):
+    if not isinstance(arguments := block.get("config") or {}, dict):
+        raise UsageError(f"{name}: config must be a block of arguments, not {arguments!r}")
+    if "trust_remote_code" in arguments:
         raise UsageError(f"{name}: trust_remote_code is not possible: zo-mlx runs no code of a dataset")
     if "test" in splits and "test_split" not in block:
         raise UsageError(f"{name}: there is no test_split, which --test needs")

@@ -15,6 +15,7 @@ from .files import read_json
 from .hub import is_hub_id, reason
 from .index import FILE_NAME as INDEX
 from .index import SensitiveIndex, SensitiveTensor, read_index
+from .model import check_vocabulary
 from .product import prepare, weight_shape
 
 # Sensitive weights lie in about this share of their layer's input columns (SmolLM2 at a density of 1e-3: 2.2%).
@@ -64,6 +65,7 @@ def skeleton(config: dict[str, Any], bits: int = 4, group_size: int = 64, float3
         for key in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
             if isinstance(count := config.get(key), int) and count > MOST_BLOCKS:
                 raise ValueError(f"{key} = {count}")
+        check_vocabulary(config)
         kind, arguments = _get_classes(plain)
         model = kind(arguments.from_dict(plain))
         model.set_dtype(getattr(mx, str(config.get("dtype") or config.get("torch_dtype")), mx.bfloat16))
