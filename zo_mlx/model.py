@@ -1,6 +1,7 @@
 """Model directories: checks, fingerprints, loading with and without an adapter."""
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -158,20 +159,19 @@ def load_sparse(
 
 def context_length(config: dict[str, Any]) -> int:
     """The longest sequence a model was made for, in tokens; very large where its config does not say."""
-    return _number(config, "max_position_embeddings", "n_positions", "max_sequence_length")
+    return next(_numbers(config, "max_position_embeddings", "n_positions", "max_sequence_length"), 1 << 30)
 
 
 def vocabulary_size(config: dict[str, Any]) -> int:
-    """How many tokens a model has; very many where its config does not say."""
-    return _number(config, "vocab_size")
+    """How many tokens a model has at most; very many where its config does not say."""
+    return max(_numbers(config, "vocab_size"), default=1 << 30)
 
 
-def _number(config: dict[str, Any], *keys: str) -> int:
+def _numbers(config: dict[str, Any], *keys: str) -> Iterator[int]:
     for key in keys:
         for place in (config, config.get("text_config")):
             if isinstance(place, dict) and type(found := place.get(key)) is int:
-                return found
-    return 1 << 30
+                yield found
 
 
 def config_of(model: nn.Module) -> dict[str, Any]:
@@ -181,8 +181,9 @@ def config_of(model: nn.Module) -> dict[str, Any]:
 
 def check_vocabulary(config: dict[str, Any]) -> None:
     """Raise ValueError for a model that has fewer tokens than models are tried with."""
-    if (size := vocabulary_size(config)) < LEAST_VOCABULARY:
-        raise ValueError(f"vocab_size is {size}, and must be at least {LEAST_VOCABULARY}")
+    for size in _numbers(config, "vocab_size"):
+        if size < LEAST_VOCABULARY:
+            raise ValueError(f"vocab_size is {size}, and must be at least {LEAST_VOCABULARY}")
 
 
 def load(path: str | Path, adapter_path: str | Path | None = None) -> tuple[nn.Module, TokenizerWrapper]:
