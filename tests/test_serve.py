@@ -219,13 +219,16 @@ def test_the_server_goes_on_after_a_request_that_it_fails_on(tiny: Path, answers
     assert "`top_k` has to be" in log[0]
 
 
-def test_adapters_have_names(tmp_path: Path) -> None:
+def test_adapters_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "rate=1").mkdir()
     odd = str(tmp_path / "rate=1")
     paths, default = named(["a=x/y", "z", odd, "=w"])
     assert paths == {"a": Path("x/y"), "z": Path("z"), odd: Path(odd), "=w": Path("=w")}
     assert default == "z"
     assert named(["a=x"]) == ({"a": Path("x")}, None)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    at_home = named(["a=~/x", "~/y", "~/rate=1"])
+    assert at_home == ({"a": tmp_path / "x", "~/y": tmp_path / "y", "~/rate=1": tmp_path / "rate=1"}, "~/y")
     for twice in (["a=x", "a=y"], ["default_model=x"]):
         with pytest.raises(UsageError, match="there is an adapter"):
             named(twice)

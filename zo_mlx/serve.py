@@ -20,6 +20,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer, maybe_set_recommended_wired_limit
 
 from .errors import UsageError, ZoError
+from .files import expanded
 from .model import load, load_sparse, read_values
 from .sparse import SparseModel
 
@@ -38,12 +39,12 @@ def named(given: list[str]) -> tuple[dict[str, Path], str | None]:
     default = None
     for text in given:
         name, equals, directory = text.partition("=")
-        if not (name and equals) or Path(text).is_dir():
+        if not (name and equals) or Path(expanded(text)).is_dir():
             name, directory = text, text
             default = default or name
         if name in found or name == DEFAULT:
             raise UsageError(f"--adapter-path {text}: there is an adapter {name} already")
-        found[name] = Path(directory)
+        found[name] = Path(expanded(directory))
     return found, default
 
 
