@@ -5,6 +5,7 @@ looked up, and never opened, fetched or run.
 """
 
 import argparse
+import inspect
 import json
 import logging
 import time
@@ -18,14 +19,24 @@ from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
 from mlx_lm.server import APIHandler, ModelProvider, ResponseGenerator, _run_http_server
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer, maybe_set_recommended_wired_limit
+from transformers import PreTrainedTokenizerBase
 
 from .errors import UsageError, ZoError
+from .files import expanded, is_text
 from .model import load, load_sparse, read_values
 from .sparse import SparseModel
 
 # Of mlx-lm's settings, those that `zo-mlx server` has no flags for.
 LEFT_OUT = {"trust_remote_code": False, "pipeline": False, "draft_model": None, "num_draft_tokens": 0}
 DEFAULT = "default_model"  # mlx-lm's name for the model of requests that name none
+# What a request sets that becomes numbers of MLX, which must fit into 32 bits.
+NUMBERS = (
+    *("temperature", "top_p", "top_k", "min_p", "xtc_probability", "xtc_threshold", "top_logprobs"),
+    *(f"{kind}_{what}" for kind in ("repetition", "presence", "frequency") for what in ("penalty", "context_size")),
+)
+LARGEST = 2**31 - 1
+# How a chat template is applied, as opposed to the variables that it has: with some of these, there is no prompt left.
+APPLYING = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys() - {"documents"}
 
 
 def named(given: list[str]) -> tuple[dict[str, Path], str | None]:
@@ -38,12 +49,12 @@ def named(given: list[str]) -> tuple[dict[str, Path], str | None]:
     default = None
     for text in given:
         name, equals, directory = text.partition("=")
-        if not (name and equals) or Path(text).is_dir():
+        if not (name and equals) or Path(expanded(text)).is_dir():
             name, directory = text, text
             default = default or name
         if name in found or name == DEFAULT:
             raise UsageError(f"--adapter-path {text}: there is an adapter {name} already")
-        found[name] = Path(directory)
+        found[name] = Path(expanded(directory))
     return found, default
 
 
@@ -127,28 +138,83 @@ class Provider(ModelProvider):  # type: ignore[misc]
 
 
 class Generator(ResponseGenerator):  # type: ignore[misc]
-    """mlx-lm's, whose thread goes on after a request that it fails on, which is logged."""
+    """mlx-lm's, whose thread goes on after a request that it fails on, which is logged, and samples as before."""
 
     def _run_generate(self) -> None:
-        while not self._stop:
-            super()._run_generate()
+        super()._run_generate()
+        while self._generation_failed:
+            _seed()
             # Whoever waits for an answer looks once in a second whether there can be any.
             time.sleep(0 if self._stop else 2)
             self._generation_failed = False
+            super()._run_generate()  # to the end, when it is to stop: it lets go of the model there
+
+    def _serve_single(self, request: Any, stream: Any) -> None:
+        super()._serve_single(request, stream)  # keeps its failures to itself
+        _seed()
+
+    def _tokenize(self, tokenizer: TokenizerWrapper, request: Any, args: Any) -> Any:
+        found = super()._tokenize(tokenizer, request, args)
+        if not found[0]:
+            raise ValueError("the prompt has no tokens")
+        return found
+
+
+def _seed() -> None:
+    """A new state for MLX's random numbers: a sampler that fails while it is compiled leaves one that no other can use,
+    and a request's seed is not for the next ones."""
+    mx.random.seed(time.time_ns())
 
 
 class Handler(APIHandler):  # type: ignore[misc]
-    """mlx-lm's, with its own list of models, and without what a request could make it fetch or run, or die of."""
+    """mlx-lm's, with its own list of models, and without what a request could make it fetch or run, or die of.
+
+    Every request is answered: with 400 where it cannot be read or is refused, with 404 or 500 where generation fails
+    on it; a stream that has begun just ends.
+    """
+
+    _begun = False  # whether some of the answer has been sent
+
+    def do_POST(self) -> None:
+        try:
+            if self.headers.get("Content-Length", "").startswith("-"):
+                raise ValueError("Content-Length must not be negative")
+            super().do_POST()
+        except Exception as e:
+            if self._begun:
+                raise
+            logging.exception("no answer")
+            status = 500 if getattr(self, "_headers_buffer", None) else 400  # what was to be sent with an answer
+            self._headers_buffer: list[bytes] = []
+            self._set_completion_headers(status)
+            self.end_headers()
+            self.wfile.write(json.dumps({"error": str(e) or type(e).__name__}).encode())
+
+    def end_headers(self) -> None:
+        self._begun = True
+        super().end_headers()
 
     def validate_model_parameters(self) -> None:
         """Raises ValueError, which becomes the answer, also for what mlx-lm finds out only when all requests suffer."""
-        super().validate_model_parameters()
+        try:
+            super().validate_model_parameters()
+        except (TypeError, OverflowError):
+            raise ValueError("logit_bias must be a dict of int to float") from None
         provider: Any = self.response_generator.model_provider
         stops, size = self.body.get("stop") or [], provider.vocabulary
+        if not is_text(json.dumps(self.body, ensure_ascii=False)):
+            raise ValueError("half of a surrogate pair is not text")
         if not isinstance(stops, str | list) or not all(isinstance(stop, str) and stop for stop in stops):
             raise ValueError("stop must be a text, or a list of texts")
-        if any(not 0 <= token < size for token in self.logit_bias or ()):
-            raise ValueError(f"logit_bias must be of tokens from 0 to {size - 1}")
+        if self.top_k >= size:
+            self.top_k = 0  # all tokens, as asked for, which mlx-lm's sampler refuses
+        for name in NUMBERS:
+            if isinstance(value := getattr(self, name), bool) or not abs(value) <= LARGEST:  # nor is NaN
+                raise ValueError(f"{name} must be a number from {-LARGEST} to {LARGEST}")
+        self._validate("xtc_threshold", float, max_val=0.5)
+        self._validate("seed", int, min_val=0, max_val=2**64 - 1, optional=True)
+        if any(not 0 <= token < size or not abs(bias) <= LARGEST for token, bias in (self.logit_bias or {}).items()):
+            raise ValueError(f"logit_bias must be of tokens from 0 to {size - 1}, and from {-LARGEST} to {LARGEST}")
 
     def handle_text_completions(self) -> Any:
         prompt = self.body.get("prompt")
@@ -157,8 +223,13 @@ class Handler(APIHandler):  # type: ignore[misc]
         return super().handle_text_completions()
 
     def handle_chat_completions(self) -> Any:
-        if "chat_template" in (self.chat_template_kwargs or {}):
+        variables = self.chat_template_kwargs or {}
+        if not isinstance(variables, dict):
+            raise ValueError("chat_template_kwargs must be an object")
+        if "chat_template" in variables:
             raise ValueError("a chat template is a program, and is not taken from a request")
+        if others := variables.keys() & APPLYING:
+            raise ValueError(f"chat_template_kwargs has what is no variable of a template: {', '.join(sorted(others))}")
         for message in self.body["messages"]:
             if isinstance(content := message.get("content"), list) and any(p["type"] != "text" for p in content):
                 raise ValueError("only content of type text is taken")  # images are fetched from wherever it says
