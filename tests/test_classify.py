@@ -1,6 +1,7 @@
 """Choosing among answers, against stock mlx-lm's logits."""
 
 import json
+import os
 from pathlib import Path
 
 import mlx.core as mx
@@ -92,3 +93,14 @@ def test_what_is_wrong_is_said(record: dict[str, object], message: str, tiny: Pa
 def test_a_prompt_needs_choices(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["classify", "--model", str(tiny), "--prompt", "a"]) == 2
     assert "--prompt needs --choices" in capsys.readouterr().err
+    assert main(["classify", "--model", str(tiny), "--prompt", "a", "--choices", "b"]) == 2
+    assert "--prompt: field 'choices' must hold at least two" in capsys.readouterr().err
+
+
+def test_prompts_may_come_from_a_pipe(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reading, writing = os.pipe()
+    os.write(writing, json.dumps(RECORDS[0]).encode())
+    os.close(writing)
+    assert main(["classify", "--model", str(tiny), "--data", f"/dev/fd/{reading}", "--json"]) == 0
+    os.close(reading)
+    assert json.loads(capsys.readouterr().out)["prompt"] == RECORDS[0]["prompt"]

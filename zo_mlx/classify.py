@@ -15,7 +15,7 @@ from .head import split_head
 from .model import config_of, context_length, vocabulary_size
 from .objective import collate, scores
 from .progress import Progress
-from .records import Record, read_file
+from .records import Record, Records, read_file
 
 
 def classify(
@@ -46,16 +46,29 @@ def classify(
     Raises:
         UsageError: a record is wrong, or too long.
     """
+    if isinstance(data, str | Path):
+        records = read_file(Path(data))
+    else:
+        records = [(f"record {n}", record) for n, record in enumerate(data, 1)]
+    return classify_records(model, tokenizer, records, choices, batch_size, max_seq_length, progress)
+
+
+def classify_records(
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    records: Records,
+    choices: Sequence[str] | None,
+    batch_size: int,
+    max_seq_length: int,
+    progress: bool,
+) -> list[dict[str, float]]:
+    """As `classify`, for records that have names, by which errors call them."""
     check_range("--batch-size", batch_size, 1)
     check_range("--max-seq-length", max_seq_length, 2)
-    if isinstance(data, str | Path):
-        named = read_file(Path(data))
-    else:
-        named = [(f"record {n}", record) for n, record in enumerate(data, 1)]
     config = config_of(model)
     longest, vocabulary = min(max_seq_length, context_length(config)), vocabulary_size(config)
     examples = []
-    for where, record in named:
+    for where, record in records:
         record = {"choices": choices, **{k: v for k, v in record.items() if k in ("prompt", "choices")}}
         if record["choices"] is None:
             raise UsageError(f"{where}: field 'choices' is missing; --choices gives those of lines that have none")

@@ -52,8 +52,9 @@ def train_seeds(seeds: int, *, resume: bool = False, report: Report | None = Non
     config.check()
     places = {s: Path(config.adapter_path, f"seed-{s}") for s in range(config.seed, config.seed + seeds)}
     begun = {s for s, place in places.items() if resume and adapter.has_run(place)}
-    for seed in places.keys() - begun:  # before hours of the first ones
-        check_place(places[seed], settings.get("overwrite", False))
+    for seed, place in places.items():  # before hours of the first ones
+        if seed not in begun:
+            check_place(place, settings.get("overwrite", False))
     runs = []
     for seed, place in places.items():
         own = {**settings, "seed": seed, "adapter_path": str(place)}

@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .. import classify, load
+from .. import load
+from ..classify import classify_records
 from ..errors import UsageError
 from ..records import read_file
 from . import add_command, add_model
@@ -28,20 +29,15 @@ def add(commands: Any) -> None:
 def _run(args: argparse.Namespace) -> None:
     if args.data is None and args.choices is None:
         raise UsageError("--prompt needs --choices")
-    records = [{"prompt": args.prompt}] if args.data is None else [r for _, r in read_file(Path(args.data))]
+    alone = args.data is None
+    records = [("--prompt", {"prompt": args.prompt})] if alone else read_file(Path(args.data))
     model, tokenizer = load(args.model, args.adapter_path)
-    found = classify(
-        model,
-        tokenizer,
-        args.data or records,
-        args.choices,
-        batch_size=args.batch_size,
-        max_seq_length=args.max_seq_length,
-        progress=args.data is not None,
+    found = classify_records(
+        model, tokenizer, records, args.choices, args.batch_size, args.max_seq_length, progress=not alone
     )
-    for record, shares in zip(records, found, strict=True):
+    for (_, record), shares in zip(records, found, strict=True):
         best = sorted(shares, key=lambda choice: -shares[choice])
         if args.json:
             print(json.dumps({**record, "choice": best[0], "probabilities": shares}))
         else:
-            print(*(f"{shares[c]:6.1%} {c}" for c in (best if args.data is None else best[:1])), sep="\n")
+            print(*(f"{shares[c]:6.1%} {c}" for c in (best if alone else best[:1])), sep="\n")
