@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama, qwen3_moe
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -125,6 +126,17 @@ def write_choice_data(directory: Path) -> Path:
     for split, part in (("train", records[:28]), ("valid", records[28:36]), ("test", records[36:])):
         write_jsonl(directory / f"{split}.jsonl", part)
     return directory
+
+
+def stock_scores(model: nn.Module, tokenizer: TokenizerWrapper, prompt: str, choices: Sequence[str]) -> list[float]:
+    """Sums of the log-probabilities of each choice's tokens, from all logits of mlx-lm's own model."""
+    before, found = tokenizer.encode(prompt), []
+    for choice in choices:
+        tokens = before + tokenizer.encode(choice)
+        logits = np.array(model(mx.array([tokens])).astype(mx.float32), np.float64)[0]
+        log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        found.append(sum(log_p[i - 1, tokens[i]] for i in range(len(before), len(tokens))))
+    return found
 
 
 @pytest.fixture(scope="session")

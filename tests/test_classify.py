@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
-from conftest import write_jsonl
+from conftest import stock_scores, write_jsonl
 
 import zo_mlx
 from zo_mlx.cli import main
@@ -29,13 +29,8 @@ def expected(tiny: Path) -> list[dict[str, float]]:
     model.set_dtype(mx.float32)
     found = []
     for record in RECORDS:
-        prompt, choices = tokenizer.encode(record["prompt"]), record.get("choices", ANSWERS)
-        sums = []
-        for choice in choices:
-            tokens = prompt + tokenizer.encode(choice)
-            logits = np.array(model(mx.array([tokens])).astype(mx.float32), np.float64)[0]
-            log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-            sums.append(sum(log_p[i - 1, tokens[i]] for i in range(len(prompt), len(tokens))))
+        choices = record.get("choices", ANSWERS)
+        sums = stock_scores(model, tokenizer, record["prompt"], choices)
         shares = np.exp(sums) / np.exp(sums).sum()
         found.append(dict(zip(choices, shares, strict=True)))
     return found

@@ -7,7 +7,7 @@ import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
-from conftest import write_jsonl
+from conftest import stock_scores, write_jsonl
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import zo_mlx
@@ -26,13 +26,7 @@ def test_accuracy_and_loss_equal_full_logits_of_stock_mlx_lm(tiny: Path, choice_
     losses, correct = [], 0
     for line in (choice_data / "test.jsonl").read_text().splitlines():
         record = json.loads(line)
-        prompt = tokenizer.encode(record["prompt"])
-        scores = []
-        for choice in record["choices"]:
-            tokens = prompt + tokenizer.encode(choice)
-            logits = np.array(stock(mx.array([tokens])).astype(mx.float32), np.float64)[0]
-            log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-            scores.append(sum(log_p[i - 1, tokens[i]] for i in range(len(prompt), len(tokens))))
+        scores = stock_scores(stock, tokenizer, record["prompt"], record["choices"])
         label = record["choices"].index(record["completion"])
         losses.append(math.log(sum(math.exp(s) for s in scores)) - scores[label])
         correct += int(np.argmax(scores) == label)
