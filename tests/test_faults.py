@@ -12,7 +12,7 @@ import pytest
     [
         "kill_train.py --kills 2",
         "power_loss.py --records 1 --every 200 --places 3 --kind Adam,_two-sided",
-        "disk_full.py --steps 1 --every 3 --kind exact_gradients",
+        "disk_full.py --steps 1 --every 5 --kind exact_gradients",
     ],
 )
 def test_faults_are_survived(command: str) -> None:

@@ -43,8 +43,7 @@ class Stops:
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("scope", ["global", "tensor"])
-@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize(("scope", "after"), [("global", False), ("tensor", True)])
 def test_a_conversion_stopped_anywhere_goes_on_to_the_same_output(
     scope: str, after: bool, tiny_hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,22 +46,22 @@ def _peak_of_a_run(model: Path, data: Path, rows: int, **settings: Any) -> float
     return float(raised.value.args[0])
 
 
-def test_the_estimate_is_within_a_tenth_of_what_a_run_reports(smollm2: Path, tmp_path: Path) -> None:
+def test_the_estimate_is_within_a_tenth_of_what_a_run_reports(shallow: Path, tmp_path: Path) -> None:
     rows, tokens = 4, 48
     text = " the" * tokens  # a token each
     texts = write_jsonl(tmp_path / "texts" / "train.jsonl", [{"text": text}] * 8 * rows).parent
     choices = [{"prompt": text, "completion": c, "choices": [" A", " B"]} for c in [" A", " B"] * 4 * rows]
     answers = write_jsonl(tmp_path / "answers" / "train.jsonl", choices).parent
     config = TrainConfig(batch_size=rows, max_seq_length=tokens)
-    needs = plan(str(smollm2), config, progress=False)["needs"]
+    needs = plan(str(shallow), config, progress=False)["needs"]
     zo, exact = needs["zo"], needs["exact"]
-    assert zo["total"] - zo["logits"] == pytest.approx(_peak_of_a_run(smollm2, answers, rows), rel=0.1)
-    assert exact["total"] == pytest.approx(_peak_of_a_run(smollm2, texts, rows, gradient="exact"), rel=0.1)
-    last_half = [f".{number}." for number in range(15, 30)]
-    counts = {path: tensor.size for path, tensor in read_index(smollm2).tensors.items()}
+    assert zo["total"] - zo["logits"] == pytest.approx(_peak_of_a_run(shallow, answers, rows), rel=0.1)
+    assert exact["total"] == pytest.approx(_peak_of_a_run(shallow, texts, rows, gradient="exact"), rel=0.1)
+    last_half = [f".{number}." for number in range(3, 6)]
+    counts = {path: tensor.size for path, tensor in read_index(shallow).tensors.items()}
     trained = sum(size for path, size in counts.items() if any(number in path for number in last_half))
     assert (zo["trainable"], exact["trainable"]) == (trained, sum(counts.values()))
-    assert needs["lora"]["trainable"] == 16 * 81_408  # mlx-lm's own of a block: 8 (in + out) of its seven layers
+    assert needs["lora"]["trainable"] == 6 * 81_408  # mlx-lm's own of a block: 8 (in + out) of its seven layers
     for need in (zo, exact):
         assert need["weights"] < need["least"] < need["total"] - need["logits"]
         assert need["total"] < needs["lora"]["total"]

