@@ -68,7 +68,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "density-1e-2": {"density": 1e-2},
     "tensor": {"scope": "tensor"},
     "exact": {"gradient": "exact"},
-    **{f"mezo-{rate:g}": {"batch_size": 16, "rate": rate} for rate in (1e-6, 3e-6, 1e-5, 3e-5)},
+    **{f"mezo-{rate:g}": {"batch_size": 16, "rate": rate} for rate in (1e-6, 1e-5, 3e-5, 1e-4)},
     "lora": {"batch_size": 16},
 }
 CONVERSION = ("mask", "density", "scope")
