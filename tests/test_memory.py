@@ -139,7 +139,7 @@ def test_a_limit_for_exact_gradients(shallow: Path) -> None:
     sparse, _, index, _ = load_sparse(shallow)
     head, values = split_head(sparse.model), index.initial_values()
     rng = np.random.default_rng(0)
-    examples = [Example([rng.integers(0, 49_000, 64).tolist()], [[Target(0, 63, 5)]])] * 4
+    examples = [Example([rng.integers(0, 49_000, 192).tolist()], [[Target(0, 191, 5)]])] * 4
     blocks = BlockwiseModel(sparse.model)
 
     def peak(**how: Any) -> int:
@@ -150,7 +150,7 @@ def test_a_limit_for_exact_gradients(shallow: Path) -> None:
     assert least < 0.9 * unlimited
     limit = (least + unlimited) // 2
     fit, _ = exact_tokens_that_fit(limit, ExactGradient(sparse, head, blocks), values, examples)
-    assert 64 <= fit < 4 * 64
+    assert 192 <= fit < 4 * 192
     assert peak(tokens_at_once=fit) <= 1.01 * limit
 
 
