@@ -224,7 +224,7 @@ def test_the_example(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 < right < 100
 
 
-@pytest.mark.parametrize(("objective", "iters"), [("accuracy", 30), ("scoring_of_mine:letters", 12)])
+@pytest.mark.parametrize(("objective", "iters"), [("accuracy", 30), ("scoring_of_mine:letters", 8)])
 def test_resuming_is_bit_identical(
     objective: str,
     iters: int,

@@ -33,7 +33,7 @@ def test_convert_train_resume_evaluate_generate(
     data, whole, parts = tmp_path / "data", tmp_path / "whole", tmp_path / "parts"
     shutil.copytree(EXAMPLES, data)
     lines = (data / "test.jsonl").read_text().splitlines(keepends=True)
-    (data / "test.jsonl").write_text("".join(lines[:24]))
+    (data / "test.jsonl").write_text("".join(lines[:12]))
     common = ["--model", str(smollm2), "--data", str(data), "--val-batches", "0", "--json"]
 
     assert main(["train", *common, "--adapter-path", str(whole), "--iters", "9"]) == 0
