@@ -14,6 +14,7 @@ import zo_mlx
 from zo_mlx import adapter
 from zo_mlx.cli import main
 from zo_mlx.index import read_index
+from zo_mlx.journal import Journal, record_size
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "support"
 
@@ -42,7 +43,7 @@ def test_convert_train_resume_evaluate_generate(
     shutil.copytree(whole, parts)
     # As if the machine had died in the middle of writing step 7, and had never finished a snapshot.
     journal = (parts / "journal").read_bytes()
-    record = 8 + 4 + 4 * 8 + 4  # eight directions
+    record = record_size(Journal.read(parts / "journal").header)
     (parts / "journal").write_bytes(journal[: -2 * record - 5])
     adapter.remove_run(parts)
     assert main(["train", *common, "--adapter-path", str(parts), "--iters", "9", "--resume"]) == 0
