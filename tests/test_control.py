@@ -52,6 +52,8 @@ def test_the_rate_follows_the_slopes(optimizer: str, arguments: dict[str, float]
         square = np.mean(slopes[:n] ** 2)
         expected = 0.02 * 4 / square if optimizer == "sgd" else 0.02 * math.sqrt(4 / square)
         expected *= 100 / (99 + n) * (1 - arguments.get("momentum", 0.0))
+        if optimizer == "lion":
+            expected *= math.sqrt(math.pi / 2 * (0.1**2 + 0.9**2 * 0.01 / 1.99))
         if n < 4:  # fewer than 16 directions
             assert update.learning_rate(state) == 0
             assert (np.array(values) == 0).all()
@@ -62,6 +64,26 @@ def test_the_rate_follows_the_slopes(optimizer: str, arguments: dict[str, float]
             assert update.epsilon(state) == pytest.approx(0.02 / np.sqrt(np.mean(slopes[:4] ** 2)))
     chosen = [update.news(a, b) for a, b in pairwise([update.state, *(s for _, s in after)])]
     assert [e and e["event"] for e in chosen] == [None, None, None, "chosen", *[None] * 6]
+
+
+def test_rates_of_any_optimizer_lead_as_far_along_a_gradient_below_its_noise() -> None:
+    """So far as SGD's do. Lion's memory is made as short as Adam's first one, since the rates fall meanwhile."""
+    size, gradient = 5_000, 0.01
+    rng = np.random.default_rng(0)
+    taken = [directions(0, n, 7, size) for n in range(1, 201)]
+    signs = [np.array(z.part([*range(7)], 0, size), np.float64).sum(1) for z in taken]
+    records = _records(np.array([rng.normal(size=7) + gradient * s for s in signs]))
+    far = {}
+    for name, arguments in [("sgd", {}), ("sgd", {"momentum": 0.9}), ("adam", {}), ("lion", {"betas": [0.9, 0.9]})]:
+        config = resolved(TrainConfig(optimizer=name, optimizer_config={name: arguments}))
+        update = Optimizer(config, mx.zeros(size))
+        values, state = mx.zeros(size), update.state
+        for record, z in zip(records, taken, strict=True):
+            values, state = update.apply(values, state, record, z)
+        far[name, *arguments] = -update.point(values, state).mean().item()
+    assert far["sgd",] > 0
+    for name, distance in far.items():
+        assert distance == pytest.approx(far["sgd",], rel=0.15), name
 
 
 def test_the_result_is_an_average_in_which_the_last_steps_count() -> None:
