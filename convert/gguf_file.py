@@ -16,7 +16,7 @@ class GgufFile:
         try:
             import gguf
         except ImportError:
-            raise UsageError("reading GGUF needs the gguf package: pip install 'zo-mlx[gguf]'") from None
+            raise UsageError("reading GGUF needs the gguf package: pip install gguf") from None
         self.path = path
         try:
             reader = gguf.GGUFReader(path)

@@ -209,7 +209,7 @@ def test_completion_is_a_script_for_the_shell(
     with pytest.raises(SystemExit) as e:
         main(["--print-completion", "zsh"])
     assert e.value.code == 2
-    assert "needs the package shtab: pip install 'zo-mlx[completion]'" in capsys.readouterr().err
+    assert "needs the package shtab: pip install shtab" in capsys.readouterr().err
 
 
 def test_what_a_run_decides_is_said(capsys: pytest.CaptureFixture[str]) -> None:

@@ -118,7 +118,7 @@ def test_make_targets_and_extras_exist() -> None:
         for _, code in _code(page):
             if match := re.match(r"make ([a-z][\w-]*)$", code.partition("#")[0].strip()):
                 assert re.search(rf"^{match[1]}:", makefile, re.M), f"{page.name}: {code}"
-            for extras in re.findall(r"pip install '(?:\.|zo-mlx)\[([\w,]+)\]'", code):
+            for extras in re.findall(r"pip install '\.\[([\w,]+)\]'", code):
                 for extra in extras.split(","):
                     assert re.search(rf"^{extra} = \[", project, re.M), f"{page.name}: {code}"
 

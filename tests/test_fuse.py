@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import dense_weights, tiny_experts
 from mlx.utils import tree_flatten
+from zo_mlx.convert import write
 
 import zo_mlx
 from zo_mlx import adapter
@@ -175,6 +176,14 @@ def test_another_models_adapter_is_refused(tiny: Path, trained: Path, tmp_path: 
     (tmp_path / "m/config.json").write_text(json.dumps({**config, "rope_theta": 1.0}))
     with pytest.raises(UsageError, match="belongs to another model"):
         _fuse(tmp_path / "m", trained, tmp_path / "out")
+
+
+def test_the_result_is_uploaded(tiny: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uploads: list[tuple[str, str, bool]] = []
+    note = lambda path, repo: uploads.append((path, repo, Path(path, "model.safetensors").exists()))  # noqa: E731
+    monkeypatch.setattr(write, "upload_to_hub", note)
+    _fuse(tiny, trained, tmp_path / "out", upload_repo="someone/new")
+    assert uploads == [(str(tmp_path / "out"), "someone/new", True)]
 
 
 def test_the_command_line(tiny: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,5 +69,5 @@ def test_damaged_indices_are_refused(change: object, problem: str, tmp_path: Pat
 
 
 def test_a_missing_index_says_how_to_make_one(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="make one with: zo-mlx convert"):
+    with pytest.raises(UsageError, match="make one with: zo-mlx convert --hf-path"):
         read_index(tmp_path)

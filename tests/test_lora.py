@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import dense_weights, tiny_experts, write_jsonl
 from mlx_lm import fuse as mlx_lm_fuse
+from test_serve import PROMPT, ask, running, text_of
 
 import zo_mlx
 from zo_mlx import adapter, lora
@@ -116,12 +117,35 @@ def test_the_lowest_rank_is_taken_that_keeps_the_distributions(
         assert zo_mlx.export(spread, trained).rank == rank
 
 
-def test_stock_generate_runs_from_the_command_line(spread: Path, trained: Path) -> None:
-    zo_mlx.export(spread, trained)
-    command = [sys.executable, "-m", "mlx_lm", "generate", "--model", str(spread), "--adapter-path", str(trained)]
-    more = ["--prompt", "apple 1 ->", "--ignore-chat-template", "--max-tokens", "4", "--temp", "0", "--verbose", "F"]
-    got = subprocess.run([*command, *more], capture_output=True, text=True, timeout=300)
+STOCK_SERVER = """
+import os, signal, sys
+signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+sys.argv.remove("server")
+from mlx_lm.server import main
+main()
+"""
+
+
+def test_stock_commands_say_what_we_do(tiny_hf: Path, choice_data: Path, tmp_path: Path) -> None:
+    """`mlx_lm.generate` and `mlx_lm.server`, with a model in float32, as zo-mlx computes on a CPU."""
+    model, trained = tmp_path / "model", tmp_path / "a"
+    settings = {"density": 0.01, "q_group_size": 32, "num_samples": 4, "sequence_length": 32, "progress": False}
+    zo_mlx.convert(str(tiny_hf), str(model), dtype="float32", **settings)  # type: ignore[arg-type]
+    zo_mlx.train(
+        model=str(model), data=str(choice_data), adapter_path=str(trained), iters=3, learning_rate=0.1, epsilon=1e-3,
+        val_batches=0, progress=False,
+    )  # fmt: skip
+    zo_mlx.export(model, trained, rank=10_000)
+    texts = [zo_mlx.generate(*zo_mlx.load(model, path), PROMPT, max_tokens=8) for path in (None, trained)]
+    assert texts[0] != texts[1]
+    words = ["--model", str(model), "--adapter-path", str(trained)]
+    more = ["--prompt", PROMPT, "--ignore-chat-template", "--max-tokens", "8", "--temp", "0", "--verbose", "F"]
+    command = [sys.executable, "-m", "mlx_lm", "generate", *words, *more]
+    got = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert got.returncode == 0, got.stderr
+    assert got.stdout.removesuffix("\n") == texts[1]
+    with running(words, STOCK_SERVER) as (address, _):
+        assert text_of(ask(address)) == texts[1]
 
 
 def test_stock_fuse_takes_the_adapter(

@@ -56,14 +56,14 @@ def answers(tiny: Path, adapters: dict[str, Path]) -> dict[str | None, str]:
 def server(tiny: Path, adapters: dict[str, Path]) -> Iterator[str]:
     """The address of a server with both adapters, the first one for requests that name none; it ends in good order."""
     first, second = adapters["first"], adapters["second"]
-    with _running(["--model", str(tiny), "--adapter-path", str(first), "--adapter-path", f"second={second}"]) as found:
+    with running(["--model", str(tiny), "--adapter-path", str(first), "--adapter-path", f"second={second}"]) as found:
         address, log = found
         yield address
     assert "Traceback" not in log[0]
 
 
 @contextlib.contextmanager
-def _running(words: list[str], code: str | None = None) -> Iterator[tuple[str, list[str]]]:
+def running(words: list[str], code: str | None = None) -> Iterator[tuple[str, list[str]]]:
     """A server's address, and what it has said, once it has ended; `code` is what runs in place of the command."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -85,7 +85,7 @@ def _running(words: list[str], code: str | None = None) -> Iterator[tuple[str, l
     assert returncode == 0, log
 
 
-def _ask(server: str, path: str = "/v1/completions", **body: Any) -> dict[str, Any]:
+def ask(server: str, path: str = "/v1/completions", **body: Any) -> dict[str, Any]:
     """POST a request, and return the answer's JSON, errors included."""
     data = json.dumps({"prompt": PROMPT, "max_tokens": 8, **body}).encode()
     try:
@@ -95,7 +95,7 @@ def _ask(server: str, path: str = "/v1/completions", **body: Any) -> dict[str, A
         return {"status": e.code, **json.load(e)}
 
 
-def _text(answer: dict[str, Any]) -> str:
+def text_of(answer: dict[str, Any]) -> str:
     return str(answer["choices"][0]["text"])
 
 
@@ -113,7 +113,7 @@ def test_requests_choose_an_adapter_by_name(
         ({"seed": 1}, "first"),  # those with a seed are served one by one
         ({"seed": 1, "adapters": "second"}, "second"),
     ):
-        assert _text(_ask(server, **body)) == answers[name], body
+        assert text_of(ask(server, **body)) == answers[name], body
     with urllib.request.urlopen(f"{server}/v1/models") as response:
         assert [m["id"] for m in json.load(response)["data"]] == [first, "second", str(tiny)]
 
@@ -121,15 +121,15 @@ def test_requests_choose_an_adapter_by_name(
 def test_requests_at_the_same_time_get_their_own_adapters_answers(server: str, answers: dict[str | None, str]) -> None:
     names = ["first", "second"] * 6
     with ThreadPoolExecutor(len(names)) as pool:
-        asked = [pool.submit(_ask, server, **({"adapters": n} if n == "second" else {})) for n in names]
-    assert [_text(a.result()) for a in asked] == [answers[n] for n in names]
+        asked = [pool.submit(ask, server, **({"adapters": n} if n == "second" else {})) for n in names]
+    assert [text_of(a.result()) for a in asked] == [answers[n] for n in names]
 
 
 def test_chat_is_answered_as_by_generate(server: str, tiny: Path, adapters: dict[str, Path]) -> None:
     model, tokenizer = zo_mlx.load(tiny, adapters["second"])
     expected = zo_mlx.generate(model, tokenizer, "hello", max_tokens=8, ignore_chat_template=False)
     messages = [{"role": "user", "content": "hello"}]
-    answer = _ask(server, "/v1/chat/completions", messages=messages, adapters="second")
+    answer = ask(server, "/v1/chat/completions", messages=messages, adapters="second")
     assert answer["choices"][0]["message"]["content"] == expected
 
 
@@ -139,7 +139,7 @@ def test_what_was_computed_of_a_prompt_is_not_taken_for_another_adapter(
     prompt = "Zebras: a prompt that begins as no other does"
 
     def cached(**body: Any) -> int:
-        return int(_ask(server, prompt=prompt, **body)["usage"]["prompt_tokens_details"]["cached_tokens"])
+        return int(ask(server, prompt=prompt, **body)["usage"]["prompt_tokens_details"]["cached_tokens"])
 
     assert [cached(), cached(adapters="second"), cached(model="second")] == [0, 0, len(prompt) - 1]
     assert cached() == len(prompt) - 1
@@ -179,12 +179,12 @@ def test_a_request_cannot_name_what_the_command_line_has_not(
         for name, place in places.items():
             text, problem = text.replace(f"{{{name}}}", place), problem.replace(f"{{{name}}}", place)
         path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
-        answer = _ask(server, path, **json.loads(text))
+        answer = ask(server, path, **json.loads(text))
         assert answer["status"] in (400, 404)
         assert problem in answer["error"]
         with pytest.raises(BlockingIOError):
             listening.accept()
-    assert _text(_ask(server)) == answers["first"]
+    assert text_of(ask(server)) == answers["first"]
 
 
 @pytest.mark.parametrize(
@@ -207,9 +207,9 @@ def test_what_cannot_be_answered_is_refused_and_ends_nothing(
     body: dict[str, Any], server: str, answers: dict[str | None, str]
 ) -> None:
     """Each of these ended the thread that generates, or could have made it write where it should not."""
-    answer = _ask(server, "/v1/chat/completions" if "messages" in body else "/v1/completions", **body)
+    answer = ask(server, "/v1/chat/completions" if "messages" in body else "/v1/completions", **body)
     assert answer["status"] == 400
-    assert _text(_ask(server)) == answers["first"]
+    assert text_of(ask(server)) == answers["first"]
 
 
 def test_adapters_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

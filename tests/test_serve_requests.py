@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_serve import PROMPT, _ask, _running, _text
+from test_serve import PROMPT, ask, running, text_of
 
 import zo_mlx
 
@@ -25,7 +25,7 @@ cli.main()
 
 @pytest.fixture(scope="module")
 def server(tiny: Path) -> Iterator[str]:
-    with _running(["--model", str(tiny)]) as (address, _):
+    with running(["--model", str(tiny)]) as (address, _):
         yield address
 
 
@@ -43,9 +43,9 @@ def _post(server: str, data: bytes, **headers: str) -> tuple[int, dict[str, Any]
 
 def _check(server: str, expected: str) -> None:
     """Greedy, and sampled from the likeliest token alone: both are what `zo_mlx.generate` says."""
-    assert _text(_ask(server)) == expected
-    assert _text(_ask(server, **SAMPLED, top_k=1)) == expected
-    assert _text(_ask(server, **SAMPLED))
+    assert text_of(ask(server)) == expected
+    assert text_of(ask(server, **SAMPLED, top_k=1)) == expected
+    assert text_of(ask(server, **SAMPLED))
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def _check(server: str, expected: str) -> None:
     ],
 )
 def test_odd_values_are_refused_by_name(body: dict[str, Any], problem: str, server: str, expected: str) -> None:
-    answer = _ask(server, "/v1/chat/completions" if "messages" in body else "/v1/completions", **body)
+    answer = ask(server, "/v1/chat/completions" if "messages" in body else "/v1/completions", **body)
     assert answer["status"] == 400
     assert problem in answer["error"]
     _check(server, expected)
@@ -100,26 +100,26 @@ def test_what_is_no_json_is_refused(data: bytes, length: str | None, problem: st
 
 @pytest.mark.parametrize("top_k", [258, 1000, 10**30])
 def test_top_k_of_the_vocabulary_or_more_leaves_out_nothing(top_k: int, server: str, expected: str) -> None:
-    everything = _text(_ask(server, **SAMPLED, seed=1))
-    assert _text(_ask(server, **SAMPLED, seed=1, top_k=top_k)) == everything
+    everything = text_of(ask(server, **SAMPLED, seed=1))
+    assert text_of(ask(server, **SAMPLED, seed=1, top_k=top_k)) == everything
     _check(server, expected)
 
 
 def test_the_server_samples_after_a_request_that_generation_fails_on(tiny: Path, expected: str) -> None:
     """With a seed, a request is served alone, and the thread survives; without one, it has to start again."""
-    with _running(["--model", str(tiny)], code=UNCHECKED) as (address, log):
+    with running(["--model", str(tiny)], code=UNCHECKED) as (address, log):
         for alone in ({"seed": 1}, {}):
-            answer = _ask(address, **SAMPLED, top_k=100_000, **alone)
+            answer = ask(address, **SAMPLED, top_k=100_000, **alone)
             assert answer["status"] == 500
             deadline = time.monotonic() + 30
-            while "status" in _ask(address):
+            while "status" in ask(address):
                 assert time.monotonic() < deadline
             _check(address, expected)
-        _ask(address, **SAMPLED, top_k=100_000)  # the end comes while the thread waits to start again
+        ask(address, **SAMPLED, top_k=100_000)  # the end comes while the thread waits to start again
     assert "`top_k` has to be" in log[0]
 
 
 def test_a_prompt_without_tokens_is_refused(tiny: Path, expected: str) -> None:
-    with _running(["--model", str(tiny), "--chat-template", "{{ '' }}"]) as (address, _):
-        assert _ask(address, "/v1/chat/completions", **CHAT)["error"] == "the prompt has no tokens"
+    with running(["--model", str(tiny), "--chat-template", "{{ '' }}"]) as (address, _):
+        assert ask(address, "/v1/chat/completions", **CHAT)["error"] == "the prompt has no tokens"
         _check(address, expected)

@@ -50,7 +50,7 @@ class _PrintCompletion(argparse.Action):
         try:
             import shtab
         except ImportError:
-            parser.error(f"{option} needs the package shtab: pip install 'zo-mlx[completion]'")
+            parser.error(f"{option} needs the package shtab: pip install shtab")
         for command in parser._subparsers._group_actions[0].choices.values():  # type: ignore[union-attr]
             for action in command._actions:
                 if action.dest in PATHS:

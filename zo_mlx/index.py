@@ -77,7 +77,10 @@ def read_index(directory: Path) -> SensitiveIndex:
     """
     path = directory / FILE_NAME
     if not path.exists():
-        raise UsageError(f"{directory} has no sensitive index ({FILE_NAME}); make one with: zo-mlx convert")
+        raise UsageError(
+            f"{directory} has no sensitive index ({FILE_NAME}); make one with: "
+            f"zo-mlx convert --hf-path {directory} --mlx-path NEW"
+        )
     arrays, raw = load_safetensors(path)
     if raw.get("format") != FORMAT:
         raise UsageError(f"{path} is not a sensitive index: its metadata lacks format = {FORMAT}")

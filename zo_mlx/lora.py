@@ -74,6 +74,8 @@ class Fit:
 
     def __str__(self) -> str:
         how = f"KL {self.kl:.1e} nats but for rounding, residual {self.residual:.1%}"
+        if self.kl > MOST_KL:
+            how += "; a higher --rank, or zo-mlx fuse, is closer"
         return f"LoRA of rank {self.rank} in {self.layers} layers ({'exact' if self.rank == self.full_rank else how})"
 
 

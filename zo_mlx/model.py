@@ -34,7 +34,10 @@ def load_stock_model(directory: Path, lazy: bool = False) -> tuple[nn.Module, di
         UsageError: not a directory, not a model, unsupported architecture, truncated or mismatched weights.
     """
     if not directory.is_dir():
-        raise UsageError(f"no such model: {directory} is not a directory; zo-mlx convert makes one, of a hub id, too")
+        raise UsageError(
+            f"no such model: {directory} is not a directory; if it is a hub id or a file, make one of it with: "
+            f"zo-mlx convert --hf-path {directory} --mlx-path NEW"
+        )
     config = read_json(directory / "config.json")
     if not isinstance(config.get("model_type"), str):
         raise UsageError(f"{directory} is not a model directory: config.json has no model_type")

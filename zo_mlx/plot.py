@@ -29,7 +29,7 @@ def check_plot_file(path: Path) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise UsageError("plotting needs matplotlib: pip install 'zo-mlx[plot]'") from None
+        raise UsageError("plotting needs matplotlib: pip install matplotlib") from None
 
 
 def plot(found: dict[str, Any], path: Path) -> None:

@@ -123,7 +123,7 @@ def _loaded(name: str, load: Callable[[], Iterable[Any]], features: Mapping[str,
         with redirected_to_stderr():
             parts = dict(zip(SPLITS, load(), strict=True))
     except ImportError:
-        raise UsageError(f"{name}: this needs the package datasets: pip install 'zo-mlx[datasets]'") from None
+        raise UsageError(f"{name}: this needs the package datasets: pip install datasets") from None
     except Exception as e:  # the hub's and the dataset's libraries raise dozens of kinds
         raise ZoError(f"{name}: the dataset cannot be loaded: {reason(e)}") from None
     return {

@@ -18,7 +18,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import byte_tokenizer
 
 # hidden size, inner size, blocks, attention heads, key-value heads, vocabulary
-SHAPES = {"tinyllama": (2048, 5632, 22, 32, 4, 32000), "llama2-7b": (4096, 11008, 32, 32, 32, 32000)}
+SHAPES = {
+    "tinyllama": (2048, 5632, 22, 32, 4, 32000),
+    "llama2-7b": (4096, 11008, 32, 32, 32, 32000),
+    "llama2-7b-2-blocks": (4096, 11008, 2, 32, 32, 32000),
+}
 DENSITY = 1e-3
 # SmolLM2's sensitive weights lie in this share of the input columns.
 COLUMNS = 0.022
