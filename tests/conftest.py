@@ -2,6 +2,7 @@
 
 import zo_mlx  # isort: skip  (first, so that MLX gets a fast BLAS)
 
+import fcntl
 import json
 import os
 import shutil
@@ -152,9 +153,14 @@ def smollm2_gguf() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2 converted, with few calibration sequences. Read only."""
-    path = tmp_path_factory.mktemp("mlx") / "smollm2"
-    zo_mlx.convert(str(smollm2_gguf), str(path), num_samples=2, sequence_length=64, progress=False)
+    """SmolLM2 converted, with few calibration sequences, once for all processes of a test run. Read only."""
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    path = shared / "smollm2"
+    with (shared / "smollm2.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            zo_mlx.convert(str(smollm2_gguf), str(path), num_samples=2, sequence_length=64, progress=False)
     return path
 
 

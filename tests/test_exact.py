@@ -103,6 +103,16 @@ def test_it_is_the_gradient_of_the_dense_model(
     assert np.abs(np.array(got) - expected).max() < 1e-5 * np.abs(expected).max()
 
 
+def test_of_a_real_model(smollm2: Path) -> None:
+    sparse, tokenizer, index, _ = load_sparse(smollm2)
+    values, head = index.initial_values(), split_head(sparse.model)
+    examples = load_dataset(Path(__file__).parents[1] / "examples/support/test.jsonl", tokenizer, 99).examples[:2]
+    loss, expected = dense_gradient(smollm2, np.array(values), examples)
+    got_loss, got = ExactGradient(sparse, head, BlockwiseModel(sparse.model), tokens_at_once=64)(values, examples)
+    assert got_loss == pytest.approx(loss, rel=1e-5)
+    assert np.abs(np.array(got) - expected).max() < 1e-5 * np.abs(expected).max()
+
+
 def test_of_the_last_blocks_alone(spread: Path, examples: dict[str, list[Example]]) -> None:
     sparse, _, index, _ = load_sparse(spread)
     everything = index.initial_values()

@@ -126,7 +126,7 @@ def test_the_split_of_directions_gives_the_bits_of_one_machine(
 def test_the_split_of_data_gives_the_sums_of_one_machine(
     settings: dict[str, Any], spread: Path, choice_data: Path, tmp_path: Path
 ) -> None:
-    settings = {"split": "data", "iters": 20, **settings}
+    settings = {"split": "data", "iters": 8, **settings}
     data = choice_data
     if settings.pop("texts", False):
         lines = [json.loads(line) for line in (choice_data / "train.jsonl").read_text().splitlines()]

@@ -60,6 +60,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "adam": {"optimizer": "adam"},
     "lion": {"optimizer": "lion"},
     "momentum": {"optimizer_config": {"sgd": {"momentum": 0.9}}},
+    "gaussian": {"law": "gaussian"},
+    **{f"precondition{power:+g}": {"precondition": power} for power in (-0.25, 0.25)},
     "random": {"mask": "random"},
     "largest": {"mask": "largest"},
     "smallest": {"mask": "smallest"},
