@@ -71,7 +71,7 @@ def _flags_of(words: list[str]) -> set[str] | None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_parse(page: Path) -> None:
     for is_line, code in _code(page):
-        code = re.sub(r"^\w+=\S+ ", "", code)  # a variable of the environment
+        code = re.sub(r"^(\w+=\S+ |\.venv/bin/(?=zo-mlx))", "", code)  # a variable, or where `make` installs
         code = re.sub(r"^mlx\.launch .*\bzo-mlx\"? ", "zo-mlx ", code)  # what each machine runs
         if not re.match(r"(zo-mlx|mlx_lm\.\w+|python|\.\.\.) ", code):
             continue

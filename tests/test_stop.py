@@ -43,6 +43,14 @@ def _words(tiny: Path, data: Path, out: Path, **changes: Any) -> list[str]:
     return ["train", *(w for k, v in settings.items() for w in (f"--{k.replace('_', '-')}", str(v)))]
 
 
+@pytest.fixture(scope="module")
+def whole(tiny: Path, choice_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing stopped."""
+    path = tmp_path_factory.mktemp("whole") / "a"
+    _train(tiny, choice_data, path, learning_rate=1e-3)
+    return path
+
+
 @pytest.mark.parametrize(
     ("where", "at", "signals", "steps", "validations"),
     [
@@ -57,10 +65,17 @@ def _words(tiny: Path, data: Path, out: Path, **changes: Any) -> list[str]:
     ],
 )
 def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(
-    where: str, at: int, signals: str, steps: int, validations: int, tiny: Path, choice_data: Path, tmp_path: Path
+    where: str,
+    at: int,
+    signals: str,
+    steps: int,
+    validations: int,
+    whole: Path,
+    tiny: Path,
+    choice_data: Path,
+    tmp_path: Path,
 ) -> None:
     settings = {"learning_rate": 1e-3}
-    _train(tiny, choice_data, tmp_path / "whole", **settings)
     words = _words(tiny, choice_data, tmp_path / "a", **settings)
     command = [sys.executable, "-c", STOPPED, where, str(at), signals, *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -75,8 +90,8 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(
     assert len(Journal.read(tmp_path / "a/journal")) == steps
     _train(tiny, choice_data, tmp_path / "a", resume=True, **settings)
     for part in ("", "best"):
-        assert (_values(tmp_path / "a" / part) == _values(tmp_path / "whole" / part)).all()
-    records, expected = (Journal.read(tmp_path / name / "journal").records() for name in ("a", "whole"))
+        assert (_values(tmp_path / "a" / part) == _values(whole / part)).all()
+    records, expected = (Journal.read(path / "journal").records() for path in (tmp_path / "a", whole))
     assert [(r.step, r.loss, r.projected.tolist()) for r in records] == [
         (r.step, r.loss, r.projected.tolist()) for r in expected
     ]

@@ -6,15 +6,18 @@ Weights are counted: they follow from the model's config. What a step takes abov
 
 import bisect
 import contextlib
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from .config import TrainConfig, check_range, filled, resolved
 from .errors import UsageError, ZoError
+from .index import SensitiveIndex
 from .memory import bounded_cache
 from .miniature import LoraMiniature, Miniature, Steps
 from .model import context_length, load_sparse
@@ -84,6 +87,11 @@ class Need:
             "least": None if self.least is None else self.weights + self.trained + self.least,
         }
 
+    def within(self, limit: int) -> dict[str, Any]:
+        """The largest batch within a limit, and whether steps fit that are taken an example at a time."""
+        least = self.total(1) if self.least is None else self.weights + self.trained + self.least
+        return {"batch_size": self.largest(limit), "in_parts": least <= limit}
+
 
 def plan(
     model: str,
@@ -117,28 +125,30 @@ def plan(
 
     ways = {gradient: replace(config, gradient=gradient) for gradient in ("zo", "exact")}
     rows = {name: filled(resolved(own).batch_size) for name, own in ways.items()}
+    result: dict[str, Any] = {
+        "model": model,
+        "blocks": 0,
+        "max_seq_length": tokens,
+        "device": str(mx.default_device().type).removeprefix("DeviceType."),
+        "index": "own" if index else "made up",
+        "needs": {},
+        "limits": [{"name": name, "bytes": limit} for name, limit in _limits(config.memory_limit)],
+    }
+
+    def say(name: str, need: Need, rows: int) -> None:
+        result["needs"][name] = need.as_dict(rows)
+        for limit in result["limits"]:
+            limit[name] = need.within(limit["bytes"])
+        bar.advance()
+
     with bounded_cache(), _computing(model), Progress("Steps of a model of zeros", 3, "method", progress) as bar:
         peak = _measured(Path(model), ways[measure], rows[measure], tokens) if measure else None
-        needs = dict[str, Need]()
+        result["blocks"] = len(make().layers)
         for name, own in ways.items():
-            float32 = own.gradient == "zo"
-            small = Miniature(make(float32), index, density, own)
-            needs[name] = _need(bytes_of(make(float32)), small, rows[name], tokens)
-            bar.advance()
-        lora = LoraMiniature(make, config.num_layers)
-        above = line(lambda rows: lora.activations(rows, tokens))
-        needs["lora"] = Need(bytes_of(make()), lora.trained_bytes, lora.trainable, above, None, None)
-        rows["lora"] = rows["zo"]
-        bar.advance()
-        result: dict[str, Any] = {
-            "model": model,
-            "blocks": len(make().layers),
-            "max_seq_length": tokens,
-            "device": str(mx.default_device().type).removeprefix("DeviceType."),
-            "index": "own" if index else "made up",
-            "needs": {name: need.as_dict(rows[name]) for name, need in needs.items()},
-            "limits": [_within(*limit, needs) for limit in _limits(config.memory_limit)],
-        }
+            say(name, _need(make, index, density, own, rows[name], tokens), rows[name])
+            gc.collect()  # its model's parts refer to each other, and are not to stay beside those of the next one
+        say("lora", _lora_need(make, config.num_layers, tokens), rows["zo"])
+    gc.collect()
     if measure and peak:
         estimate = result["needs"][measure]["total"]
         result["measured"] = {"step": measure, "peak": peak, "estimate": estimate, "error": estimate / peak - 1}
@@ -156,15 +166,30 @@ def _computing(model: str) -> Iterator[None]:
         raise UsageError(f"{model}: a model of this config cannot be computed: {str(e)[:300]}") from None
 
 
-def _need(weights: int, small: Miniature, rows: int, tokens: int) -> Need:
+def _need(
+    make: Callable[..., nn.Module],
+    index: SensitiveIndex | None,
+    density: float,
+    config: TrainConfig,
+    rows: int,
+    tokens: int,
+) -> Need:
+    float32 = config.gradient == "zo"
+    small = Miniature(make(float32), index, density, config)
     return Need(
-        weights,
+        bytes_of(make(float32)),
         small.trained_bytes,
         small.trainable,
         line(lambda rows: small.activations(rows, tokens), small.together(MOST_BATCH, tokens)),
         lambda rows: small.texts(rows, tokens),
         small.least(rows, tokens),
     )
+
+
+def _lora_need(make: Callable[..., nn.Module], blocks: int | None, tokens: int) -> Need:
+    small = LoraMiniature(make, blocks)
+    above = line(lambda rows: small.activations(rows, tokens))
+    return Need(bytes_of(make()), small.trained_bytes, small.trainable, above, None, None)
 
 
 def line(peak: Callable[[int], int], most: int = MOST_BATCH) -> Callable[[int], int]:
@@ -183,15 +208,6 @@ def _limits(memory_limit: float | None) -> list[tuple[str, int]]:
     if memory_limit is not None:
         limits.append(("--memory-limit", int(memory_limit * 1e9)))
     return limits
-
-
-def _within(name: str, limit: int, needs: dict[str, Need]) -> dict[str, Any]:
-    """The largest batches within a limit, and whether steps fit that are taken an example at a time."""
-    fits = {}
-    for method, need in needs.items():
-        least = need.total(1) if need.least is None else need.weights + need.trained + need.least
-        fits[method] = {"batch_size": need.largest(limit), "in_parts": least <= limit}
-    return {"name": name, "bytes": limit, **fits}
 
 
 def _measured(directory: Path, config: TrainConfig, rows: int, tokens: int) -> int:

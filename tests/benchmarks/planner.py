@@ -3,13 +3,14 @@
     python tests/benchmarks/planner.py --model smollm2 [--gradient exact] [--texts] 1x64 4x64 ...
 
 Each point is a batch size and a length. A run of its own takes one step, whose peak, loading included, is compared. The
-model is a converted directory, or `tinyllama` or `llama2-7b` for random 4-bit weights of that shape. Examples have two
-choices of one token; with --texts, all tokens are targets.
+model is a converted directory, or `tinyllama`, `llama2-7b` or `llama2-7b-2-blocks` for random 4-bit weights of that
+shape. Examples have two choices of one token; with --texts, all tokens are targets.
 """
 
 import zo_mlx  # isort: skip  (first, so that MLX gets a fast BLAS)
 
 import argparse
+import gc
 import json
 import tempfile
 from pathlib import Path
@@ -43,6 +44,7 @@ def peak_of_a_run(path: Path, gradient: str, texts: bool, rows: int, length: int
 
     with tempfile.TemporaryDirectory() as work:
         Path(work, "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+        gc.collect()  # what is left of the run before
         mx.reset_peak_memory()
         try:
             zo_mlx.train(
@@ -56,7 +58,7 @@ def peak_of_a_run(path: Path, gradient: str, texts: bool, rows: int, length: int
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", required=True, help="directory, tinyllama or llama2-7b")
+    parser.add_argument("--model", required=True, help="directory, tinyllama, llama2-7b or llama2-7b-2-blocks")
     parser.add_argument("--gradient", choices=("zo", "exact"), default="zo")
     parser.add_argument("--texts", action="store_true")
     parser.add_argument("points", nargs="+", metavar="ROWSxLENGTH")
