@@ -197,16 +197,23 @@ def test_a_journal_of_exact_gradients_in_numpy(tiny: Path, choice_data: Path, tm
     np.testing.assert_allclose(_values(tmp_path / "a"), values, atol=1e-6)
 
 
-def test_the_default_rate_rises_and_falls(tiny: Path, choice_data: Path, tmp_path: Path) -> None:
-    """Adam (Kingma and Ba 2015, algorithm 1) with the learning rates of docs/journal.md, and its average."""
-    _train(tiny, choice_data, tmp_path / "a", iters=13)
+@pytest.mark.parametrize("optimizer", ["adam", "lion"])
+def test_the_default_rate_rises_and_falls(optimizer: str, tiny: Path, choice_data: Path, tmp_path: Path) -> None:
+    """Adam (Kingma and Ba 2015, algorithm 1) and Lion (Chen et al. 2023, algorithm 2) with the learning rates of
+    docs/journal.md, and its average."""
+    _train(tiny, choice_data, tmp_path / "a", iters=13, optimizer=optimizer)
     origin = np.array(read_index(tiny).initial_values(), np.float64)
     points, first, second = [origin], 0.0, 0.0
     for record in Journal.read(tmp_path / "a/journal").records():
         g, t = record.projected.astype(np.float64), record.step
-        first, second = 0.9 * first + 0.1 * g, 0.999 * second + 0.001 * g**2
         rate = 0.01 * min(t / 10, 1) / (1 + (t - 1) / 100) * np.sqrt(np.mean(origin**2))
-        points.append(points[-1] - rate * (first / (1 - 0.9**t)) / (np.sqrt(second / (1 - 0.999**t)) + 1e-8))
+        if optimizer == "adam":
+            first, second = 0.9 * first + 0.1 * g, 0.999 * second + 0.001 * g**2
+            points.append(points[-1] - rate * (first / (1 - 0.9**t)) / (np.sqrt(second / (1 - 0.999**t)) + 1e-8))
+        else:
+            rate *= math.sqrt(math.pi / 2 * (0.1**2 + 0.9**2 * 0.01 / 1.99))
+            points.append(points[-1] - rate * np.sign(0.9 * first + 0.1 * g))
+            first = 0.99 * first + 0.01 * g
     values = np.average(points[1:], axis=0, weights=[math.comb(i + 3, 4) for i in range(1, 14)])
     np.testing.assert_allclose(_values(tmp_path / "a"), values, atol=1e-4 * np.abs(values - origin).max())
 

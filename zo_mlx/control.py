@@ -48,13 +48,14 @@ def sgd_rate(square: float, directions: int, step: int, nats: float = NATS) -> f
     return nats * directions / square / (1 + (step - 1) / SLOWING)
 
 
-def exact_rate(origin: mx.array) -> Callable[[mx.array], mx.array]:
+def exact_rate(origin: mx.array, share: float = 1.0) -> Callable[[mx.array], mx.array]:
     """Learning rates by step (from 0) for exact gradients and an optimizer that divides by their size.
 
     Args:
         origin: (K,) the values before the first step; a step moves them by a share of their root mean square.
+        share: of the rates that are Adam's.
     """
-    highest = EXACT_SHARE * root_mean_square(origin)
+    highest = share * EXACT_SHARE * root_mean_square(origin)
     return lambda step: highest * mx.minimum((step + 1) / WARMUP, 1) / (1 + step / SLOWING)
 
 

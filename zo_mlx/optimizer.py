@@ -31,13 +31,16 @@ GIVEN_EPSILON = 1e-3
 TOO_LOW = 10
 
 
-def _lion_share(b1: float, b2: float) -> float:
-    """How large Lion's rate is to be beside Adam's, so that both go equally far along a gradient below its noise.
+def _share(name: str, arguments: dict[str, Any]) -> float:
+    """How large a rate is to be beside that of SGD, or Adam, so that both go equally far along a small gradient.
 
-    Of c = b1 m + (1 - b1) g, all but nothing is noise then, of a standard deviation d, and the mean of its sign is
-    that of c times sqrt(2 / pi) / d.
+    Momentum adds gradients up. Lion takes the sign of c = b1 m + (1 - b1) g, whose mean, where all but nothing of c is
+    noise of a standard deviation d, is that of c times sqrt(2 / pi) / d.
     """
-    return math.sqrt(math.pi / 2 * ((1 - b1) ** 2 + b1**2 * (1 - b2) / (1 + b2)))
+    if name == "lion":
+        b1, b2 = arguments.get("betas", (0.9, 0.99))
+        return math.sqrt(math.pi / 2 * ((1 - b1) ** 2 + b1**2 * (1 - b2) / (1 + b2)))
+    return 1 - arguments.get("momentum", 0.0)
 
 
 class Optimizer:
@@ -59,12 +62,13 @@ class Optimizer:
     def __init__(self, config: TrainConfig, origin: mx.array):
         name = filled(config.optimizer)
         arguments = (config.optimizer_config or {}).get(name, {})
+        self._share = _share(name, arguments)
         schedule = None if config.lr_schedule is None else build_schedule(config.lr_schedule)
         if name in ("adam", "adamw") and (config.gradient == "exact" or schedule is None):
             # Without it their first steps are longer than the rates say: three times the very first, and more after it.
             arguments = {"bias_correction": True, **arguments}
         if config.gradient == "exact":
-            schedule = schedule or exact_rate(origin)
+            schedule = schedule or exact_rate(origin, self._share)
         self._rule: optim.Optimizer = getattr(optim, OPTIMIZERS[name])(schedule or 0.0, **arguments)
         self._rule.init({"values": origin})
         self._origin = origin
@@ -73,8 +77,6 @@ class Optimizer:
         compares = config.estimator == "one-sided" and not jumps
         self._control = Control(origin, jumps, own, compares) if schedule is None else None
         self._scale_free = name in SCALE_FREE
-        # Momentum adds gradients up: a rate without it is this many times as large.
-        self._share = _lion_share(*self._rule.betas) if name == "lion" else 1 - arguments.get("momentum", 0.0)
         self._epsilon = GIVEN_EPSILON if own is None and self._control is None else own
         # Only to see what it would choose in place of the user's own rates.
         watching = schedule is not None and config.gradient == "zo" and config.objective == CROSS_ENTROPY

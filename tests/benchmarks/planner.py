@@ -3,8 +3,8 @@
     python tests/benchmarks/planner.py --model smollm2 [--gradient exact] [--texts] 1x64 4x64 ...
 
 Each point is a batch size and a length. A run of its own takes one step, whose peak, loading included, is compared. The
-model is a converted directory, or `tinyllama`, `llama2-7b` or `llama2-7b-2-blocks` for random 4-bit weights of that
-shape. Examples have two choices of one token; with --texts, all tokens are targets.
+model is a converted directory, or the name of a shape for random 4-bit weights of it: `tinyllama`, `llama2-7b`, or two
+blocks of one, `llama2-7b-2-blocks`. Examples have two choices of one token; with --texts, all tokens are targets.
 """
 
 import zo_mlx  # isort: skip  (first, so that MLX gets a fast BLAS)
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from shapes import model_directory
+from shapes import SHAPES, model_directory
 
 from zo_mlx.config import TrainConfig
 from zo_mlx.files import read_json
@@ -58,7 +58,7 @@ def peak_of_a_run(path: Path, gradient: str, texts: bool, rows: int, length: int
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", required=True, help="directory, tinyllama, llama2-7b or llama2-7b-2-blocks")
+    parser.add_argument("--model", required=True, help=f"directory, or one of {', '.join(SHAPES)}")
     parser.add_argument("--gradient", choices=("zo", "exact"), default="zo")
     parser.add_argument("--texts", action="store_true")
     parser.add_argument("points", nargs="+", metavar="ROWSxLENGTH")
