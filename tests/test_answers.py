@@ -210,8 +210,8 @@ def test_objectives_that_do_not_fit(tiny: Path, text_data: Path, tmp_path: Path)
             zo_mlx.evaluate(model, tokenizer, chats, objective="f1")
 
 
-def test_the_example(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the answers are worth, from the shares of right ones and of needless returns."""
+def test_the_example(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the answers are worth, from the shares of right ones and of needless returns; and a step of its command."""
     monkeypatch.chdir(Path(__file__).parents[1])
     model, tokenizer = zo_mlx.load(tiny)
     data, objective = Path("examples/support/test.jsonl"), "examples.triage:worth"
@@ -223,6 +223,8 @@ def test_the_example(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = sum(found == asked for found, asked in pairs)
     needless = sum(found == " product" != asked for found, asked in pairs)
     assert result.score == pytest.approx((right - 2 * needless) / 24)
+    words = ["--objective", objective, "--data", "examples/support", "--adapter-path", str(tmp_path / "a")]
+    assert main(["train", "--model", str(tiny), *words, "--iters", "1", "--val-batches", "1"]) == 0
     assert 0 < right < 24
 
 
