@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -90,9 +91,9 @@ def tiny(tiny_hf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return convert_tiny(tiny_hf, tmp_path_factory.mktemp("mlx") / "tiny")
 
 
-def convert_tiny(source: Path, path: Path) -> Path:
+def convert_tiny(source: Path, path: Path, **more: Any) -> Path:
     zo_mlx.convert(
-        str(source), str(path), density=0.01, q_group_size=32, num_samples=4, sequence_length=32, progress=False
+        str(source), str(path), density=0.01, q_group_size=32, num_samples=4, sequence_length=32, progress=False, **more
     )
     return path
 
@@ -100,10 +101,7 @@ def convert_tiny(source: Path, path: Path) -> Path:
 @pytest.fixture(scope="session")
 def spread(tiny_hf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model with sensitive weights in every layer of its three blocks."""
-    path = tmp_path_factory.mktemp("mlx") / "tiny"
-    settings = {"density": 0.01, "q_group_size": 32, "num_samples": 4, "sequence_length": 32}
-    zo_mlx.convert(str(tiny_hf), str(path), scope="tensor", progress=False, **settings)  # type: ignore[arg-type]
-    return path
+    return convert_tiny(tiny_hf, tmp_path_factory.mktemp("mlx") / "tiny", scope="tensor")
 
 
 def write_jsonl(path: Path, records: list[dict[str, object]]) -> Path:

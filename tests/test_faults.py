@@ -11,8 +11,8 @@ import pytest
     "command",
     [
         "kill_train.py --kills 2",
-        "power_loss.py --records 1 --every 400 --places 2 --kind Adam,_two-sided",
-        "disk_full.py --steps 1 --every 8 --kind exact_gradients",
+        "power_loss.py --records 1 --every 200 --places 3 --kind Adam,_two-sided",
+        "disk_full.py --steps 1 --every 5 --kind exact_gradients",
     ],
 )
 def test_faults_are_survived(command: str) -> None:

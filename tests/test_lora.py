@@ -11,7 +11,7 @@ import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
-from conftest import dense_weights, tiny_experts, write_jsonl
+from conftest import convert_tiny, dense_weights, tiny_experts, write_jsonl
 from mlx_lm import fuse as mlx_lm_fuse
 from test_serve import PROMPT, ask, running, text_of
 
@@ -128,9 +128,7 @@ main()
 
 def test_stock_commands_say_what_we_do(tiny_hf: Path, choice_data: Path, tmp_path: Path) -> None:
     """`mlx_lm.generate` and `mlx_lm.server`, with a model in float32, as zo-mlx computes on a CPU."""
-    model, trained = tmp_path / "model", tmp_path / "a"
-    settings = {"density": 0.01, "q_group_size": 32, "num_samples": 4, "sequence_length": 32, "progress": False}
-    zo_mlx.convert(str(tiny_hf), str(model), dtype="float32", **settings)  # type: ignore[arg-type]
+    model, trained = convert_tiny(tiny_hf, tmp_path / "model", dtype="float32"), tmp_path / "a"
     zo_mlx.train(
         model=str(model), data=str(choice_data), adapter_path=str(trained), iters=3, learning_rate=0.1, epsilon=1e-3,
         val_batches=0, progress=False,

@@ -45,7 +45,7 @@ def _check(server: str, expected: str) -> None:
     """Greedy, and sampled from the likeliest token alone: both are what `zo_mlx.generate` says."""
     assert text_of(ask(server)) == expected
     assert text_of(ask(server, **SAMPLED, top_k=1)) == expected
-    assert isinstance(text_of(ask(server, **SAMPLED)), str)  # which may end at once
+    assert ask(server, **SAMPLED)["choices"][0]["finish_reason"] in ("stop", "length")  # its text may be empty
 
 
 @pytest.mark.parametrize(

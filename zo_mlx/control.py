@@ -48,7 +48,7 @@ def sgd_rate(square: float, directions: int, step: int, nats: float = NATS) -> f
     return nats * directions / square / (1 + (step - 1) / SLOWING)
 
 
-def exact_rate(origin: mx.array, share: float = 1.0) -> Callable[[mx.array], mx.array]:
+def exact_rate(origin: mx.array, share: float) -> Callable[[mx.array], mx.array]:
     """Learning rates by step (from 0) for exact gradients and an optimizer that divides by their size.
 
     Args:

@@ -125,30 +125,29 @@ def plan(
 
     ways = {gradient: replace(config, gradient=gradient) for gradient in ("zo", "exact")}
     rows = {name: filled(resolved(own).batch_size) for name, own in ways.items()}
-    result: dict[str, Any] = {
-        "model": model,
-        "blocks": 0,
-        "max_seq_length": tokens,
-        "device": str(mx.default_device().type).removeprefix("DeviceType."),
-        "index": "own" if index else "made up",
-        "needs": {},
-        "limits": [{"name": name, "bytes": limit} for name, limit in _limits(config.memory_limit)],
-    }
-
-    def say(name: str, need: Need, rows: int) -> None:
-        result["needs"][name] = need.as_dict(rows)
-        for limit in result["limits"]:
-            limit[name] = need.within(limit["bytes"])
-        bar.advance()
-
+    rows["lora"] = rows["zo"]
     with bounded_cache(), _computing(model), Progress("Steps of a model of zeros", 3, "method", progress) as bar:
         peak = _measured(Path(model), ways[measure], rows[measure], tokens) if measure else None
-        result["blocks"] = len(make().layers)
-        for name, own in ways.items():
-            say(name, _need(make, index, density, own, rows[name], tokens), rows[name])
+        result: dict[str, Any] = {
+            "model": model,
+            "blocks": len(make().layers),
+            "max_seq_length": tokens,
+            "device": str(mx.default_device().type).removeprefix("DeviceType."),
+            "index": "own" if index else "made up",
+            "needs": {},
+            "limits": [{"name": name, "bytes": limit} for name, limit in _limits(config.memory_limit)],
+        }
+        for name, count in rows.items():
+            if name == "lora":
+                need = _lora_need(make, config.num_layers, tokens)
+            else:
+                need = _need(make, index, density, ways[name], count, tokens)
+            result["needs"][name] = need.as_dict(count)
+            for limit in result["limits"]:
+                limit[name] = need.within(limit["bytes"])
+            del need
             gc.collect()  # its model's parts refer to each other, and are not to stay beside those of the next one
-        say("lora", _lora_need(make, config.num_layers, tokens), rows["zo"])
-    gc.collect()
+            bar.advance()
     if measure and peak:
         estimate = result["needs"][measure]["total"]
         result["measured"] = {"step": measure, "peak": peak, "estimate": estimate, "error": estimate / peak - 1}

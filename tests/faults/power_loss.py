@@ -171,7 +171,7 @@ def main() -> int:
             shutil.rmtree(work / "adapter", ignore_errors=True)
             victim = Victim({**settings_in(work), **KINDS[kind]})
             size = len(victim.state[JOURNAL])
-            each = max(1, victim.record // 12)  # to resume takes a while: after some bytes of a record is enough
+            each = max(1, victim.record // 40)  # a gradient's records are long: some bytes of them are enough to resume
             for at in range(size - args.records * victim.record, size):
                 for damage in (cut(at), flip(at, at % 8)):
                     victim.strike({JOURNAL: damage}, resume=at % each == 0)
