@@ -55,7 +55,7 @@ def test_the_estimate_is_within_a_tenth_of_what_a_run_reports(shallow: Path, tmp
     config = TrainConfig(batch_size=rows, max_seq_length=tokens)
     held = mx.get_active_memory()
     needs = plan(str(shallow), config, progress=False)["needs"]
-    assert mx.get_active_memory() <= held
+    assert mx.get_active_memory() - held < 1000  # no model: a few numbers that are made once and kept
     zo, exact = needs["zo"], needs["exact"]
     assert zo["total"] - zo["logits"] == pytest.approx(_peak_of_a_run(shallow, answers, rows), rel=0.1)
     assert exact["total"] == pytest.approx(_peak_of_a_run(shallow, texts, rows, gradient="exact"), rel=0.1)
