@@ -30,15 +30,15 @@ def bounded_cache() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def held_below(limit: int | None) -> Iterator[None]:
-    """Let MLX finish what it has begun before it holds more than `limit` bytes, as far as that is possible.
+def held_below(aim: int | None) -> Iterator[None]:
+    """Let MLX finish what it has begun before it holds more than `aim` bytes, as far as that is possible.
 
     Without it, MLX makes room for operations long before their turn, and how long depends on the machine.
     """
-    if limit is None:
+    if aim is None:
         yield
         return
-    before = mx.set_memory_limit(max(0, with_margin(limit)))
+    before = mx.set_memory_limit(max(0, aim))
     try:
         yield
     finally:
@@ -60,16 +60,16 @@ def is_shortage(error: Exception) -> bool:
     return isinstance(error, MemoryError) or re.search("alloc|memory", str(error), re.IGNORECASE) is not None
 
 
-def peak_of(run: Callable[[], object], limit: int | None = 0) -> int:
+def peak_of(run: Callable[[], object], aim: int | None = 0) -> int:
     """The most bytes that MLX holds while something runs, in all.
 
     Args:
-        limit: below which MLX is held; 0 is an operation at a time, which holds no more than what must be,
-            None is as MLX likes.
+        aim: as for `held_below`; 0 is an operation at a time, which holds no more than what must be, None is as MLX
+            likes.
     """
     gc.collect()  # modules that refer to each other keep their arrays until then
     mx.clear_cache()
     mx.reset_peak_memory()
-    with held_below(limit):
+    with held_below(aim):
         run()
     return mx.get_peak_memory()

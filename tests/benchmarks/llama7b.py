@@ -26,7 +26,7 @@ from zo_mlx.config import TrainConfig, resolved
 from zo_mlx.exact import ExactGradient
 from zo_mlx.fit import exact_tokens_that_fit, tokens_that_fit
 from zo_mlx.head import split_head
-from zo_mlx.memory import bounded_cache, held_below
+from zo_mlx.memory import bounded_cache, held_below, with_margin
 from zo_mlx.model import load_sparse
 from zo_mlx.optimizer import Optimizer
 from zo_mlx.step import exact_step, make_loss, step
@@ -48,7 +48,7 @@ def train_one_step(path: Path, rows: int, length: int, memory_limit: float | Non
     elif limit:
         fit = tokens_that_fit(limit, sparse, head, values, examples, settings)[0]
     started = time.perf_counter()
-    with held_below(limit):
+    with held_below(None if limit is None else with_margin(limit)):
         if blocks:
             exact = ExactGradient(sparse, head, blocks, tokens_at_once=fit)
             exact_step(exact, optimizer, values, optimizer.state, examples, 1)

@@ -25,7 +25,7 @@ from zo_mlx.config import TrainConfig, resolved
 from zo_mlx.data import Example, Target
 from zo_mlx.fit import tokens_that_fit
 from zo_mlx.head import split_head
-from zo_mlx.memory import bounded_cache, peak_of
+from zo_mlx.memory import bounded_cache, peak_of, with_margin
 from zo_mlx.model import load_sparse
 from zo_mlx.objective import collate, scores
 from zo_mlx.optimizer import Optimizer
@@ -70,7 +70,7 @@ def measure(path: Path, kept: Path | None) -> list[dict[str, Any]]:
                 lambda e=examples, o=optimizer, f=loss, s=settings: mx.eval(  # type: ignore[misc]
                     step(f, o, values, o.state, e, 1, s)[0]
                 ),
-                limit,
+                with_margin(limit),
             )
             points.append(
                 {
