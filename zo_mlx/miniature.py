@@ -5,7 +5,6 @@ of zeros, of whose blocks only the last of each kind does its work: what MLX hol
 however many there are. What every block leaves behind is added.
 """
 
-import gc
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -219,8 +218,8 @@ class _Lora:
         self.bytes = mx.get_active_memory() - before
         self.vocabulary = model(mx.array([[0]])).shape[-1]
 
-    def peak(self, rows: int, tokens: int, limit: int | None = None) -> int:
-        """As `Steps.peak`; `limit` as for `peak_of`."""
+    def peak(self, rows: int, tokens: int, aim: int | None = None) -> int:
+        """As `Steps.peak`; `aim` as for `peak_of`."""
         batch, lengths = mx.zeros((rows, tokens + 1), mx.int32), mx.array([[0, tokens]] * rows)
 
         def run() -> None:
@@ -228,13 +227,19 @@ class _Lora:
             self._optimizer.update(self._model, gradients)
             mx.eval(self._model.trainable_parameters(), self._optimizer.state, loss)
 
-        return _above(run, limit)
+        return _above(run, aim)
 
 
-def _above(run: Callable[[], object], limit: int | None) -> int:
-    gc.collect()
-    before = mx.get_active_memory()
-    return peak_of(run, limit) - before
+def _above(run: Callable[[], object], aim: int | None) -> int:
+    """`peak_of`, but for what is held before."""
+    before = 0
+
+    def noting() -> None:
+        nonlocal before
+        before = mx.get_active_memory()
+        run()
+
+    return peak_of(noting, aim) - before
 
 
 def _counts(model: nn.Module, index: SensitiveIndex | None, density: float) -> list[int]:
