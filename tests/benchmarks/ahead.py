@@ -1,6 +1,6 @@
 """What MLX holds during a step, and its time: as it likes, held to what the step needs, an operation at a time.
 
-    python tests/benchmarks/ahead.py --model smollm2 [--gradient exact] [--repeats 4] 4x64 16x64 ...
+    python tests/benchmarks/ahead.py --model smollm2-135m [--gradient exact] [--repeats 4] 4x64 16x64 ...
 
 Each point is a batch size and a length; the ways take turns. The model is a converted directory or the name of a shape,
 as for planner.py. It is for GPUs, on which MLX works ahead; runs hold it to what their longest step needs there.

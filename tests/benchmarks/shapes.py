@@ -19,7 +19,7 @@ from conftest import byte_tokenizer
 
 # hidden size, inner size, blocks, attention heads, key-value heads, vocabulary
 SHAPES = {
-    "smollm2": (576, 1536, 30, 9, 3, 49152),
+    "smollm2-135m": (576, 1536, 30, 9, 3, 49152),
     "tinyllama": (2048, 5632, 22, 32, 4, 32000),
     "tinyllama-2-blocks": (2048, 5632, 2, 32, 4, 32000),
     "llama2-7b": (4096, 11008, 32, 32, 32, 32000),
