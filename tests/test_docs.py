@@ -3,13 +3,18 @@
 import importlib
 import io
 import json
+import os
 import re
 import shlex
+import subprocess
 import sys
 from argparse import SUPPRESS, ArgumentParser
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from socketserver import BaseServer
+from threading import Thread
+from urllib.request import urlopen
 
 import pytest
 from markdown_it import MarkdownIt
@@ -17,6 +22,7 @@ from safetensors.numpy import load_file
 
 import zo_mlx
 from zo_mlx.cli import build_parser, main
+from zo_mlx.journal import Journal
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -138,29 +144,54 @@ def test_examples_of_data_are_json() -> None:
 MAIN = {"convert", "train", "evaluate", "generate"}
 
 
+def _asked_and_stopped(server: BaseServer, own: Callable[[BaseServer], None] = BaseServer.serve_forever) -> None:
+    """In place of `serve_forever`: answer a request, then end as with Ctrl-C."""
+
+    def ask() -> None:
+        try:
+            with urlopen(f"http://127.0.0.1:{server.server_address[1]}/health") as answer:
+                answered.append(json.load(answer))
+        finally:
+            server.shutdown()
+
+    answered: list[object] = []
+    asking = Thread(target=ask)
+    asking.start()
+    own(server)
+    asking.join()
+    assert answered == [{"status": "ok"}]
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize(
     ("page", "expected"),
     [
-        ("README.md", {*MAIN, "chat", "mlx_lm.generate", "fuse"}),
-        ("docs/quickstart.md", {*MAIN, "chat", "mlx_lm.generate", "fuse", "replay"}),
-        ("docs/guide.md", {*MAIN, "replay"}),
+        ("README.md", {*MAIN, "chat", "mlx_lm.generate", "fuse", "classify", "server", "mlx_lm.server"}),
+        ("docs/quickstart.md", {*MAIN, "chat", "mlx_lm.generate", "fuse", "replay", "server"}),
+        ("docs/guide.md", {*MAIN, "replay", "server"}),
         ("docs/memory.md", {"memory"}),
     ],
 )
 def test_commands_run_in_their_order(
     page: str, expected: set[str], tiny_hf: Path, choice_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a tiny model and few steps; but for servers, and what `make demo` does."""
+    """With a tiny model and few steps. What `make demo` does has its test; what is done after it comes last here."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(BaseServer, "serve_forever", _asked_and_stopped)
     Path("examples").mkdir()
     for data in ("my_data", "examples/support"):
         Path(data).symlink_to(choice_data)
     ran = set()
-    for is_line, code in _code(ROOT / page):
-        if not is_line or not re.match(r"(zo-mlx (?!server|--)|mlx_lm\.generate )(?!.*(demo/|\.gguf))", code):
+    lines = [re.sub(r"^\.venv/bin/", "", code) for is_line, code in _code(ROOT / page) if is_line]
+    asked = [code for code in lines if code.startswith("zo-mlx classify --model demo/")]
+    lines += [code.replace("demo/model", "qwen3-4bit").replace("demo/adapter", "adapters") for code in asked]
+    for code in lines:
+        if not re.match(r"(zo-mlx (?!--)|mlx_lm\.\w+ )(?!.*(demo/|\.gguf))", code):
             continue
         code = code.replace("Qwen/Qwen3-0.6B", str(tiny_hf)).replace("--until 100", "--until 3")
+        code = code.replace("OTHER_ADAPTERS", "adapters")
         program, *words = shlex.split(code)
+        words += ["--port", "0"] * ("server" in code)
         monkeypatch.setattr(sys, "stdin", io.StringIO(""))  # the end of a chat
         if program == "zo-mlx":
             program = words[0]
@@ -173,6 +204,19 @@ def test_commands_run_in_their_order(
     if page == "docs/quickstart.md":
         values = [load_file(Path(place, "values.safetensors"))["values"] for place in ("support", "the-same")]
         assert (values[0] == values[1]).all()
+
+
+def test_two_processes_on_this_machine_train(tiny: Path, choice_data: Path, tmp_path: Path) -> None:
+    (command,) = (c for is_line, c in _code(ROOT / "docs/distributed.md") if is_line and c.startswith("mlx.launch -n"))
+    (tmp_path / "qwen3-4bit").symlink_to(tiny)
+    (tmp_path / "my_data").symlink_to(choice_data)
+    words = [*shlex.split(command, comments=True), "--iters", "4"]
+    path = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(words, cwd=tmp_path, env=os.environ | path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    first, second = (Journal.read(tmp_path / "adapters" / place / "journal") for place in ("", "rank-1"))
+    assert len(first) == 4
+    assert first.identity == second.identity
 
 
 def test_python_of_the_guide_runs(
