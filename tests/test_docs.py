@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from argparse import SUPPRESS, ArgumentParser
@@ -149,7 +150,7 @@ def _asked_and_stopped(server: BaseServer, own: Callable[[BaseServer], None] = B
 
     def ask() -> None:
         try:
-            with urlopen(f"http://127.0.0.1:{server.server_address[1]}/health") as answer:
+            with urlopen(f"http://127.0.0.1:{server.server_address[1]}/health", timeout=60) as answer:
                 answered.append(json.load(answer))
         finally:
             server.shutdown()
@@ -210,7 +211,10 @@ def test_two_processes_on_this_machine_train(tiny: Path, choice_data: Path, tmp_
     (command,) = (c for is_line, c in _code(ROOT / "docs/distributed.md") if is_line and c.startswith("mlx.launch -n"))
     (tmp_path / "qwen3-4bit").symlink_to(tiny)
     (tmp_path / "my_data").symlink_to(choice_data)
-    words = [*shlex.split(command, comments=True), "--iters", "4"]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    words = [*shlex.split(command, comments=True), "--iters", "4", "--rank-timeout", "60"]
+    words[1:1] = ["--starting-port", port]
     path = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(words, cwd=tmp_path, env=os.environ | path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr

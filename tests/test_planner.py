@@ -202,7 +202,7 @@ def test_a_config_is_enough(only_config: Path, tmp_path: Path, capsys: pytest.Ca
     assert "iogpu.wired_limit_mb" in text
     assert "one is made up" in text
     assert "256 or more" in text
-    said = ["runs held up to twice" in as_text({**found, "device": device}) for device in ("cpu", "gpu")]
+    said = ["runs held up to twice as much" in as_text({**found, "device": device}) for device in ("cpu", "gpu")]
     assert said == [False, True]
 
 

@@ -33,7 +33,7 @@ def stopping(*args, **kwargs):
 setattr(owner, name, stopping)
 sys.exit(main(words))
 """
-APPEND, STEP = "zo_mlx.journal:Journal.append", "zo_mlx.stepper:step"
+APPEND, STEP = "zo_mlx.journal:Journal.append", "zo_mlx.run:step"
 VALIDATION, LOADING = "zo_mlx.run:evaluate_dataset", "zo_mlx.setup:load_sparse"
 
 

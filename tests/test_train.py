@@ -180,7 +180,7 @@ def test_every_epoch_sees_every_example_once_in_another_order(
         seen.append([tuple(e.rows[0]) for e in examples])
         return step(loss, optimizer, values, state, examples, *more)
 
-    monkeypatch.setattr("zo_mlx.stepper.step", spy)
+    monkeypatch.setattr("zo_mlx.run.step", spy)
     _train(tiny, choice_data, tmp_path / "a", iters=10)
     _train(tiny, choice_data, tmp_path / "a", iters=14, resume=True)
     epochs = [[row for batch in seen[i : i + 7] for row in batch] for i in (0, 7)]  # 28 examples, 4 a step

@@ -12,7 +12,7 @@ from .commands import chat, classify, convert, evaluate, export, fuse, generate,
 from .errors import ZoError
 from .files import expanded
 
-gc.freeze()  # collections, which let go of models, then take microseconds, and not a tenth of a second
+gc.freeze()  # collections, which let go of models, need not look at all modules: a tenth of a second each
 
 
 def build_parser() -> argparse.ArgumentParser:

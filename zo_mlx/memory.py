@@ -12,6 +12,10 @@ from .product import on_cpu
 # MLX keeps freed buffers for reuse; batches of many lengths would otherwise make it keep several generations of them.
 GPU_CACHE_BYTES = 256 << 20
 
+# On a GPU MLX begins operations, and makes room for them, long before their turn: several times what a step needs. For
+# so much more than what is held before the first step it need not wait (docs/memory.md).
+GPU_AHEAD_BYTES = 256 << 20
+
 # How far a step may go beyond a limit before it counts as too large: what was planned for it takes up to 1.07 times it.
 OVERRUN = 1.1
 
@@ -43,6 +47,11 @@ def held_below(aim: int | None) -> Iterator[None]:
         yield
     finally:
         mx.set_memory_limit(before)
+
+
+def room(kept: int) -> int | None:
+    """What to hold MLX below where no limit is given, with so many bytes that are yet to be kept; None on the CPU."""
+    return None if on_cpu() else mx.get_active_memory() + kept + GPU_AHEAD_BYTES
 
 
 def with_margin(limit: int) -> int:

@@ -5,6 +5,7 @@ of zeros, of whose blocks only the last of each kind does its work: what MLX hol
 however many there are. What every block leaves behind is added.
 """
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -72,7 +73,12 @@ class Steps:
         return rows if self._at_once is None else max(1, min(rows, self._at_once // tokens))
 
     def peak(self, rows: int, tokens: int, texts: bool = False, least: bool = False) -> int:
-        """The most that MLX holds during a step, in bytes, above what it held before.
+        """The most that MLX holds during a `step`, in bytes, above what it held before."""
+        # A GPU would do more than a step of few blocks at once; runs are held there.
+        return _above(self.step(rows, tokens, texts, least), 0 if least or not on_cpu() else None)
+
+    def step(self, rows: int, tokens: int, texts: bool = False, least: bool = False) -> Callable[[], None]:
+        """What takes a step.
 
         Args:
             rows: examples of the step.
@@ -100,7 +106,7 @@ class Steps:
                 taken = step(loss, optimizer, values, optimizer.state, examples[:rows], 1, config)
             mx.eval(taken[:2])
 
-        return _above(run, 0 if least or not on_cpu() else None)  # on a GPU, runs are held to that
+        return run
 
 
 class Miniature:
@@ -231,15 +237,9 @@ class _Lora:
 
 
 def _above(run: Callable[[], object], aim: int | None) -> int:
-    """`peak_of`, but for what is held before."""
-    before = 0
-
-    def noting() -> None:
-        nonlocal before
-        before = mx.get_active_memory()
-        run()
-
-    return peak_of(noting, aim) - before
+    gc.collect()
+    before = mx.get_active_memory()
+    return peak_of(run, aim) - before
 
 
 def _counts(model: nn.Module, index: SensitiveIndex | None, density: float) -> list[int]:

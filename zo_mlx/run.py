@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,22 +20,26 @@ from .files import check_space, reporting_disk_errors
 from .interrupts import finished_first
 from .lora import write_loras
 from .memory import OVERRUN, is_shortage
+from .optimizer import Optimizer, State
 from .progress import Meter, Progress
 from .ranks import Ranks
 from .report import Report as Page
 from .result import TrainResult
-from .setup import Report
-from .step import rows_of_step
-from .stepper import Stepper
+from .setup import Report, Setup
+from .step import exact_step, make_loss, rows_of_step, step, tokens_of
 
 
-class Run(Stepper):
+class Run(Setup):
     """A run in progress: its state after `done` steps."""
 
     def __init__(self, config: TrainConfig, report: Report, progress: bool, ranks: Ranks):
         super().__init__(config, report if ranks.is_first else lambda event: None, ranks)
         self.progress, self.directory = progress and ranks.is_first, ranks.directory(Path(config.adapter_path))
+        self.values = self.trainable.initial
+        self.optimizer = Optimizer(self.config, self.values)
+        self.state = self.optimizer.state
         self.done = 0
+        self.is_smaller = False  # whether passes had to be made smaller
         self.best: Best | None = None
         self.weights = self.peak = 0  # bytes MLX held before this process's first step, and at most in a step
 
@@ -54,6 +59,56 @@ class Run(Stepper):
         self.report = log = EventLog(self.directory, own.identity, len(own), self.report)
         log.begin(len(own), **how)
         self.page = Page(self, self.directory, own, log)
+
+    def step_function(self) -> Callable[[list[Any], int], tuple[mx.array, State, journal.Record]]:
+        """What takes the next step: from examples and its number, to new values, new state, and its record."""
+        config = self.config
+        # As many rows as a step's branches have go through the first blocks together; where memory is short, a step's.
+        steps = rows_of_step(config) // self.batch_size if config.tokens_at_once is None else 1
+        prefix = self.prefix(steps)
+        gradient = self.exact_gradient(prefix) if config.gradient == "exact" else None
+        loss = make_loss(self.sparse, self.head, prefix, config.tokens_at_once, self.judge)
+
+        def take(examples: list[Any], number: int) -> tuple[mx.array, State, journal.Record]:
+            if prefix:
+                near = self.batches.of(number, steps)
+                each = (near[i : i + self.batch_size] for i in range(0, len(near), self.batch_size))
+                prefix.prepare([e for batch in each for e in self.split.examples(batch)])
+            values, state, at_once = self.values, self.state, config.tokens_at_once
+            if gradient:
+                own = self.split.gradient(gradient, at_once, number)
+                return exact_step(own, self.optimizer, values, state, examples, number)
+            own_loss = self.split.loss(loss, at_once, number)
+            return step(own_loss, self.optimizer, values, state, examples, number, config, self.trainable.scale)
+
+        return take
+
+    def longest_row(self, examples: Sequence[Any]) -> int:
+        """The most tokens of an example."""
+        return max(tokens_of([[e]], self.head.continues, self.judge) for e in examples)
+
+    def make_smaller(self, examples: Sequence[Any], why: str) -> bool:
+        """Let half as many tokens go through the model together from now on; False if an example at a time does.
+
+        Blocks that are kept are given up with the first half.
+        """
+        row = self.longest_row(examples)
+        whole = rows_of_step(self.config) * row
+        before = min(self.config.tokens_at_once or whole, whole)
+        if before <= row:
+            return False
+        self.let_through(max(row, before // 2))
+        if not self.is_smaller:
+            self.warn(f"{why}: going on with {self.config.tokens_at_once} tokens at once, and fewer if need be")
+        self.is_smaller = True
+        return True
+
+    def let_through(self, tokens: int) -> None:
+        """Take steps with so many tokens at once from now on."""
+        if tokens != self.config.tokens_at_once:
+            self.config.tokens_at_once, self.config.keep_blocks = tokens, 0
+            self.take = self.step_function()
+            mx.clear_cache()
 
     def advance(self, number: int) -> tuple[journal.Record, list[Any]]:
         """Take a step and write it to the journal, from when on it counts. Returns its record and its examples."""

@@ -11,7 +11,7 @@ from . import adapter, journal
 from .config import TrainConfig
 from .errors import UsageError
 from .files import locked, reporting_disk_errors
-from .memory import bounded_cache, held_below, with_margin
+from .memory import bounded_cache, held_below, room, with_margin
 from .ranks import Ranks
 from .result import TrainResult
 from .resume import resume as resume_run
@@ -91,8 +91,8 @@ def _train(
             run.report = followed(run.report, run.config) if ranks.is_first else run.report
             run.start(settings)
         held.enter_context(run.journal.open())
-        limit = run.config.memory_limit
-        held.enter_context(held_below(run.need() if limit is None else with_margin(int(limit * 1e9))))
+        limit, kept = run.config.memory_limit, int((run.config.cache_prefix or 0) * 1e9)
+        held.enter_context(held_below(room(kept) if limit is None else with_margin(int(limit * 1e9))))
         return run.go()
 
 

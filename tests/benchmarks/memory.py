@@ -12,6 +12,7 @@ of one model.
 import zo_mlx  # isort: skip  # noqa: F401  (first, so that MLX gets a fast BLAS)
 
 import argparse
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ def measure(path: Path, kept: Path | None) -> list[dict[str, Any]]:
             settings = resolved(TrainConfig(batch_size=rows, estimator="two-sided"))
             fit, _ = tokens_that_fit(limit, sparse, head, values, examples, settings)
             loss, optimizer = make_loss(sparse, head, tokens_at_once=fit), Optimizer(settings, values)
+            gc.collect()  # or the margin would be of what is held by mistake, too
             training = peak_of(
                 lambda e=examples, o=optimizer, f=loss, s=settings: mx.eval(  # type: ignore[misc]
                     step(f, o, values, o.state, e, 1, s)[0]
