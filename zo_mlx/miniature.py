@@ -88,15 +88,16 @@ class Steps:
         """
         directions = 1 if least else self._config.directions  # branches come after each other then
         config = resolved(replace(self._config, batch_size=rows, directions=directions))
-        values, optimizer, prefix = self._trainable.initial, self._optimizer, None
+        values, optimizer = self._trainable.initial, self._optimizer
         at_once = 1 if least else self._at_once
-        if self.trained < len(self.blocks.blocks):
-            prefix = Prefix(self.blocks, self._sparse.first_block, tokens_at_once=at_once)
-        steps = rows_of_step(config) // rows if prefix and not least else 1
+        has_prefix = self.trained < len(self.blocks.blocks)
+        steps = rows_of_step(config) // rows if has_prefix and not least else 1
         examples = [_example(tokens, texts) for _ in range(steps * rows)]
 
         def run() -> None:
-            if prefix:
+            prefix = None
+            if has_prefix:
+                prefix = Prefix(self.blocks, self._sparse.first_block, tokens_at_once=at_once)
                 prefix.prepare(examples)
             if config.gradient == "exact":
                 gradient = ExactGradient(self._sparse, self.head, self.blocks, prefix, at_once, spill=least)
