@@ -74,7 +74,7 @@ class Steps:
 
     def peak(self, rows: int, tokens: int, texts: bool = False, least: bool = False) -> int:
         """The most that MLX holds during a `step`, in bytes, above what it held before."""
-        # A GPU would do more than a step of few blocks at once; runs are held there.
+        # On a GPU MLX works ahead, from which runs are held back.
         return _above(self.step(rows, tokens, texts, least), 0 if least or not on_cpu() else None)
 
     def step(self, rows: int, tokens: int, texts: bool = False, least: bool = False) -> Callable[[], None]:

@@ -241,7 +241,10 @@ def as_text(planned: dict[str, Any]) -> str:
         "programs need is not looked at. Until it is restarted, sudo sysctl iogpu.wired_limit_mb=MB changes it.",
     ]
     if planned["device"] != "cpu":
-        notes.append("On a GPU, where that was measured, runs held up to twice as much; --memory-limit was kept.")
+        notes += [
+            "On a GPU, where that was measured, runs held up to twice as much; --memory-limit was kept to within 5%.",
+            "Small steps may hold 268 MB beyond weights there.",
+        ]
     if planned["index"] == "made up":
         notes.append("There is no sensitive index yet: one is made up.")
     if (found := planned.get("measured")) is not None:

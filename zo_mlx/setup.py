@@ -160,11 +160,15 @@ class Setup:
         keep = config.keep_blocks or 0
         return ExactGradient(self.sparse, self.head, blocks, prefix, config.tokens_at_once, keep, config.spill)
 
+    @property
+    def cache_bytes(self) -> int:
+        """How much may be kept of what the blocks before the trained ones compute."""
+        return int((self.config.cache_prefix or 0) * 1e9)
+
     def prefix(self, steps: int) -> Prefix | None:
         """What runs the blocks before the trained ones, for so many steps at once."""
         if not self.depth.has_prefix:
             return None
         assert self.depth.blocks is not None
         groups = (self.batches.of(i + 1, steps) for i in range(0, self.batches.in_epoch, steps))
-        size = int((self.config.cache_prefix or 0) * 1e9)
-        return Prefix(self.depth.blocks, self.sparse.first_block, groups, size, self.config.tokens_at_once)
+        return Prefix(self.depth.blocks, self.sparse.first_block, groups, self.cache_bytes, self.config.tokens_at_once)

@@ -91,8 +91,8 @@ def _train(
             run.report = followed(run.report, run.config) if ranks.is_first else run.report
             run.start(settings)
         held.enter_context(run.journal.open())
-        limit, kept = run.config.memory_limit, int((run.config.cache_prefix or 0) * 1e9)
-        held.enter_context(held_below(room(kept) if limit is None else with_margin(int(limit * 1e9))))
+        limit = run.config.memory_limit
+        held.enter_context(held_below(room(run.cache_bytes) if limit is None else with_margin(int(limit * 1e9))))
         return run.go()
 
 

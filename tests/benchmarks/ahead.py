@@ -24,13 +24,21 @@ from zo_mlx.model import load_sparse
 
 def compared(step: Callable[[], None], repeats: int) -> dict[str, list[tuple[int, float]]]:
     """Peaks in bytes and seconds of a step, taken in each way so many times, and once before."""
-    peak_of(step, None)
-    ways = {"as it likes": None, "as runs do": room(0), "what it needs": peak_of(step), "an operation at a time": 0}
+    seconds = 0.0
+
+    def timed() -> None:
+        nonlocal seconds
+        started = time.perf_counter()
+        step()
+        seconds = time.perf_counter() - started  # of the step alone: `peak_of` clears up before it
+
+    peak_of(timed, None)
+    ways = {"as it likes": None, "as runs do": room(0), "what it needs": peak_of(timed), "an operation at a time": 0}
     found: dict[str, list[tuple[int, float]]] = {way: [] for way in ways}
     for _ in range(repeats):
         for way, aim in ways.items():
-            started = time.perf_counter()
-            found[way].append((peak_of(step, aim), time.perf_counter() - started))
+            peak = peak_of(timed, aim)
+            found[way].append((peak, seconds))
     return found
 
 
