@@ -18,7 +18,7 @@ import mlx.nn as nn
 from .config import TrainConfig, check_range, filled, resolved
 from .errors import UsageError, ZoError
 from .index import SensitiveIndex
-from .memory import bounded_cache
+from .memory import GPU_AHEAD_BYTES, bounded_cache
 from .miniature import LoraMiniature, Miniature, Steps
 from .model import context_length, load_sparse
 from .plot import PARTS, WAYS
@@ -243,7 +243,7 @@ def as_text(planned: dict[str, Any]) -> str:
     if planned["device"] != "cpu":
         notes += [
             "On a GPU, where that was measured, runs held up to twice as much; --memory-limit was kept to within 5%.",
-            "Small steps may hold 268 MB beyond weights there.",
+            f"Small steps may hold {GPU_AHEAD_BYTES / 1e6:.0f} MB beyond weights there.",
         ]
     if planned["index"] == "made up":
         notes.append("There is no sensitive index yet: one is made up.")
