@@ -112,25 +112,36 @@ def test_an_architecture_converts_and_trains(name: str, choice_data: Path, tmp_p
     records = list(Journal.read(adapter / "journal").records())
     assert len(records) == 2
     assert all(np.abs(r.projected).max() > 0 for r in records), "the sparse layers have no effect"
-    _check_exact_gradient(tmp_path / "out", sequences[0])
+    _check_exact_gradient(tmp_path / "out", sequences[0].tolist())
 
 
-def _check_exact_gradient(path: Path, tokens: np.ndarray) -> None:
-    """Of a text's loss, against `mx.grad` of the whole model as it is called, sparse layers and all."""
+def _check_exact_gradient(path: Path, tokens: list[int]) -> None:
+    """Of a text's loss, and of two choices after a prompt, against `mx.grad` of the whole model as it is called, sparse
+    layers and all."""
     sparse, _, index, _ = load_sparse(path)
-    values, head = index.initial_values(), split_head(sparse.model)
+    values, head = index.initial_values(), split_head(sparse.model, continuing=True)
+    prompt, *choices = tokens[:10], tokens[10:12], tokens[12:15]
+    text = Example([tokens[:-1]], [_targets(0, 1, tokens[1:])])
+    answer = Example([prompt + c[:-1] for c in choices], [_targets(i, 10, c) for i, c in enumerate(choices)], label=1)
 
-    def loss(values: mx.array) -> mx.array:
+    def loss(values: mx.array, example: Example) -> mx.array:
         sparse.set_values(values[None])
-        logits = sparse.model(mx.array(tokens[None, :-1]))[0].astype(mx.float32)
-        return nn.losses.cross_entropy(logits, mx.array(tokens[1:]), reduction="mean")
+        logits = [sparse.model(mx.array([row]))[0].astype(mx.float32) for row in example.rows]
+        scores = [sum(nn.log_softmax(logits[t.row][t.position])[t.token] for t in c) for c in example.targets]
+        if example.label is None:
+            return -scores[0] / len(example.targets[0])
+        return mx.logsumexp(mx.stack(scores)) - scores[example.label]
 
-    expected_loss, expected = mx.value_and_grad(loss)(values)
     gradient = ExactGradient(sparse, head, BlockwiseModel.of_chain(sparse.model))
-    targets = [Target(0, i, int(t)) for i, t in enumerate(tokens[1:])]
-    got_loss, got = gradient(values, [Example([tokens[:-1].tolist()], [targets])])
-    assert got_loss == pytest.approx(expected_loss.item(), rel=1e-5)
-    assert mx.abs(got - expected).max() < 1e-4 * mx.abs(expected).max()
+    for example in (text, answer):
+        expected_loss, expected = mx.value_and_grad(loss)(values, example)
+        got_loss, got = gradient(values, [example])
+        assert got_loss == pytest.approx(expected_loss.item(), rel=1e-5)
+        assert mx.abs(got - expected).max() < 1e-4 * mx.abs(expected).max()
+
+
+def _targets(row: int, start: int, tokens: list[int]) -> list[Target]:
+    return [Target(row, start - 1 + i, token) for i, token in enumerate(tokens)]
 
 
 def _has_experts(model: nn.Module) -> bool:

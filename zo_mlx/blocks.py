@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from .head import close, prompt_cache
 from .product import prepare
 
 # block number, the block's own __call__, first argument, other arguments -> what the block returns to the model
@@ -82,10 +83,10 @@ class BlockwiseModel:
         finally:
             self._hook = before
 
-    def _run(self, tokens: mx.array, hook: Hook) -> mx.array:
+    def _run(self, tokens: mx.array, hook: Hook, cache: Any = None) -> mx.array:
         with self._hooked_by(hook):
             try:
-                return self.model(tokens)
+                return self.model(tokens) if cache is None else self.model(tokens, cache=[cache] * len(self.blocks))
             except _Done as done:
                 return done.result
 
@@ -111,15 +112,50 @@ class BlockwiseModel:
 
         return self._hooked_by(hook)
 
-    def block(self, number: int, tokens: mx.array, x: mx.array) -> mx.array:
-        """The output of one block: its input x (B, T, H) -> (B, T, H)."""
+    def block(self, number: int, tokens: mx.array, x: mx.array, cache: Any = None) -> mx.array:
+        """The output of one block: its input x (B, T, H) -> (B, T, H); with a cache, it goes on from what is there."""
 
         def hook(i: int, call: Any, passed: mx.array, args: Any, kwargs: Any) -> mx.array:
             if i < number:
                 return passed
             raise _Done(call(x, *args, **kwargs))
 
-        return self._run(tokens, hook)
+        return self._run(tokens, hook, cache)
+
+    def continued(
+        self,
+        number: int,
+        prompts: mx.array,
+        lengths: list[int],
+        rows: mx.array,
+        parents: list[int],
+        x: mx.array,
+        y: mx.array,
+    ) -> list[mx.array]:
+        """The outputs of one block for prompts and for rows that go on from them, as `Head.continued` has them.
+
+        Args:
+            x: what goes into it for the prompts, (N, T, H).
+            y: the same for the rows, (R, L, H).
+
+        Returns:
+            (N, T, H) and (R, L, H).
+        """
+        cache = prompt_cache(lengths, prompts.shape[1])
+        x = self.block(number, prompts, x, cache)
+        cache.finalize()
+        cache.filter(mx.array(parents))
+        return [x, self.block(number, rows, y, cache)]
+
+    def continues(self) -> bool:
+        """Whether `continued` can be used, if `Head.continues` says so: by the embedding and the first block."""
+        whole, prompts, rows = (mx.array([row]) for row in ([1, 3, 2, 1], [1, 3], [2, 1]))
+        try:
+            expected = self.block(0, whole, self.inputs(whole, 0))
+            got = self.continued(0, prompts, [2], rows, [0], self.inputs(prompts, 0), self.inputs(rows, 0))
+        except Exception:  # an architecture with arguments of its own
+            return False
+        return close(mx.concatenate(got, axis=1), expected, least=1e-4)
 
     def ending_with(self, x: mx.array) -> contextlib.AbstractContextManager[None]:
         """While it lasts, calls of the model leave out the blocks: x (B, T, H) is what comes out of the last one."""

@@ -3,7 +3,7 @@
 Forward block by block, keeping what goes into each; the head at the target positions; then backward block by block,
 each of which is computed forward once more, but for some last ones where there is room for what that saves. Weights
 other than the values get no gradient. This is back-propagation with a checkpoint at every block (Chen et al. 2016,
-arXiv 1604.06174).
+arXiv 1604.06174). Where an example has several rows, these go on from their prompt, whose keys and values they share.
 """
 
 import tempfile
@@ -17,7 +17,7 @@ from .blocks import BlockwiseModel
 from .data import Example
 from .files import load_safetensors, reporting_disk_errors
 from .head import Head
-from .objective import Batch, collate, denominator, layout, states_gradient, target_states
+from .objective import Batch, at_targets, collate, denominator, layout, states_gradient, target_states
 from .prefix import Prefix
 from .sparse import SparseModel
 
@@ -35,6 +35,9 @@ class ExactGradient:
             does. None is no limit.
         keep_blocks: of so many last blocks, what the backward pass needs is held until then, and not computed again.
         spill: what goes into the other blocks is put on the disk, into the system's temporary directory.
+
+    Attributes:
+        continues: whether the rows of an example may go on from its prompt.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class ExactGradient:
         self._spans = sparse.spans()
         self._first = sparse.first_block
         self.blocks_trained = len(sparse.model.layers) - self._first
+        self.continues = head.continues and blocks is not None and prefix is None and blocks.continues()
 
     def __call__(
         self, values: mx.array, examples: Sequence[Example], count: float | None = None
@@ -69,12 +73,12 @@ class ExactGradient:
         count = count or denominator([examples], False)
         at_once = len(examples)
         if self._tokens_at_once is not None:
-            at_once = max(1, min(at_once, int(at_once * self._tokens_at_once / layout([examples], False)[0])))
+            at_once = max(1, min(at_once, int(at_once * self._tokens_at_once / layout([examples], self.continues)[0])))
         self._sparse.set_values(None)
         loss, gradient = 0.0, mx.zeros(values.size)
         for start in range(0, len(examples), at_once):
             own = examples[start : start + at_once]
-            batch = collate([own])
+            batch = collate([own], self.continues)
             if self._blocks:
                 part, back = self._by_block(self._blocks, values, own, batch, count)
             else:
@@ -96,55 +100,76 @@ class ExactGradient:
     def _by_block(
         self, blocks: BlockwiseModel, values: mx.array, examples: Sequence[Example], batch: Batch, count: float
     ) -> tuple[float, mx.array]:
-        tokens = batch.tokens
+        rest = batch.continuations
+        tokens = [batch.tokens] if rest is None else [batch.tokens, rest.tokens]
+        width = len(tokens)
 
-        def run(number: int, x: mx.array, *parts: mx.array) -> mx.array:
+        def run(number: int, *arrays: mx.array) -> list[mx.array]:
+            """A block, from what goes into it for each array of tokens, and its parts of the values."""
             layers = [layer for layer, _, _ in self._spans.get(number, ())]
-            for layer, part in zip(layers, parts, strict=True):
+            for layer, part in zip(layers, arrays[width:], strict=True):
                 layer.set_values(part[None], keep=True)
-            result = blocks.block(number, tokens, x)
+            if rest is None:
+                result = [blocks.block(number, batch.tokens, arrays[0])]
+            else:
+                result = blocks.continued(
+                    number, batch.tokens, rest.lengths, rest.tokens, rest.parents, arrays[0], arrays[1]
+                )
             for layer in layers:
                 layer.set_values(None)  # lets go of its D
             return result
 
-        x = self._prefix.states(tokens, [examples]) if self._prefix else blocks.inputs(tokens, self._first)
+        if self._prefix:
+            x = [self._prefix.states(batch.tokens, [examples])]
+        else:
+            x = [blocks.inputs(own, self._first) for own in tokens]
         parts = {i: [values[start:end] for _, start, end in own] for i, own in self._spans.items()}
         keep = self.blocks_trained if self.keep_blocks == -1 else min(self.keep_blocks, self.blocks_trained)
         numbers = range(self._first, len(blocks.blocks) - keep)
         kept = range(len(blocks.blocks) - keep, len(blocks.blocks))
 
-        def rest(x: mx.array, parts: dict[int, list[mx.array]]) -> tuple[mx.array, mx.array]:
+        def ending(x: list[mx.array], parts: dict[int, list[mx.array]]) -> tuple[mx.array, mx.array]:
             """What has the gradient of the loss, from what goes into the kept blocks; and the loss."""
             for i in kept:
-                x = run(i, x, *parts.get(i, ()))
-            with blocks.ending_with(x):
-                states = target_states(self._head, batch)
+                x = run(i, *x, *parts.get(i, ()))
+            last = []
+            for own, out in zip(tokens, x, strict=True):
+                with blocks.ending_with(out):
+                    last.append(self._head.hidden(own))
+            states = at_targets(last, batch)
             loss, back = states_gradient(self._head, mx.stop_gradient(states), batch, count)
             return (mx.stop_gradient(back) * states).sum(), loss
 
         inputs = []
         for i in numbers:
             inputs.append(self._put_away(i, x))
-            x = run(i, x, *parts.get(i, ()))
+            x = run(i, *x, *parts.get(i, ()))
             mx.eval(x)
 
-        (_, loss), (dx, slopes) = mx.value_and_grad(rest, argnums=(0, 1))(x, {i: parts.get(i, []) for i in kept})
+        (_, loss), (dx, slopes) = mx.value_and_grad(ending, argnums=(0, 1))(x, {i: parts.get(i, []) for i in kept})
         mx.eval(loss, dx, slopes)
         for i in reversed(numbers):
             # Without the block's output, which would hold what it is made from during the next block's turn.
-            dx, *slopes[i] = mx.vjp(partial(run, i), [inputs.pop()(), *parts.get(i, ())], [dx])[1]
+            back = mx.vjp(partial(run, i), [*inputs.pop()(), *parts.get(i, ())], dx)[1]
+            dx, slopes[i] = back[:width], back[width:]
             mx.eval(dx, slopes[i])
+            del back
         gradient = mx.zeros(values.size)
         for i, own in self._spans.items():
             for (_, start, end), slope in zip(own, slopes[i], strict=True):
                 gradient[start:end] = slope
         return loss.item(), gradient  # type: ignore[return-value]
 
-    def _put_away(self, number: int, x: mx.array) -> Callable[[], mx.array]:
+    def _put_away(self, number: int, x: list[mx.array]) -> Callable[[], list[mx.array]]:
         """Keep what goes into a block; the result gives it back."""
         if self._spill is None:
             return lambda: x
-        path = Path(self._spill.name, f"{number}.safetensors")
+        path, names = Path(self._spill.name, f"{number}.safetensors"), [str(i) for i in range(len(x))]
         with reporting_disk_errors(path):
-            mx.save_safetensors(str(path), {"x": x})
-        return lambda: load_safetensors(path)[0]["x"]
+            mx.save_safetensors(str(path), dict(zip(names, x, strict=True)))
+
+        def read() -> list[mx.array]:
+            arrays = load_safetensors(path)[0]
+            return [arrays[name] for name in names]
+
+        return read

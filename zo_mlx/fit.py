@@ -68,7 +68,7 @@ def exact_tokens_that_fit(
         gradient: without a limit of its own.
         batch: as many of the longest example as a step has, and what its prefix holds is prepared.
     """
-    row = layout([batch[:1]], False)[0]
+    row = layout([batch[:1]], gradient.continues)[0]
     return _largest_that_fits(limit, row, len(batch), lambda rows: _exact_peak(gradient, values, batch[:rows]))
 
 

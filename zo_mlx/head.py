@@ -81,16 +81,20 @@ class Head:
 
     def begun(self, prompts: mx.array, lengths: list[int]) -> tuple[mx.array, list[Any]]:
         """The states of prompts, as in `continued`, and the caches with which `hidden` goes on from them."""
-        caches: list[Any] = [BatchKVCache([0] * len(prompts)) for _ in range(self._blocks or 0)]
-        width = prompts.shape[1]
-        for cache in caches:
-            cache.step = 1  # room for no more than what comes
-            cache.prepare(right_padding=[width - n for n in lengths])
+        caches = [prompt_cache(lengths, prompts.shape[1]) for _ in range(self._blocks or 0)]
         first = self.hidden(prompts, cache=caches)
         mx.eval(first, [(cache.keys, cache.values) for cache in caches])
         for cache in caches:
             cache.finalize()
         return first, caches
+
+
+def prompt_cache(lengths: list[int], width: int) -> BatchKVCache:
+    """A block's cache for prompts of so many tokens, padded on the right to `width`; `finalize` when it has them."""
+    cache = BatchKVCache([0] * len(lengths))
+    cache.step = 1  # room for no more than what comes
+    cache.prepare(right_padding=[width - n for n in lengths])
+    return cache
 
 
 def split_head(model: nn.Module, continuing: bool = False) -> Head:
@@ -114,7 +118,7 @@ def _vocabulary(model: nn.Module, logits: Callable[[mx.array], mx.array]) -> nn.
                 expected = logits(states)[:, columns]
                 with Head(model.model, logits, vocabulary=layer).narrowed(columns):
                     got = logits(states)
-                if got.shape == expected.shape and _close(got, expected):
+                if got.shape == expected.shape and close(got, expected):
                     return layer
             except Exception:  # whatever an architecture does with a vocabulary that is not its own
                 continue
@@ -157,7 +161,7 @@ def _equal(model: nn.Module, head: Head) -> bool:
         return False
     if got.shape != expected.shape:
         return False
-    return _close(got, expected)
+    return close(got, expected)
 
 
 def _plain_caches(model: nn.Module) -> int | None:
@@ -180,10 +184,10 @@ def _continues(head: Head) -> bool:
     except Exception:  # an architecture with arguments of its own, or that knows no positions for each row
         return False
     # SmolLM2's 30 blocks round to 2e-6 of the largest state, and to half of that if a row is only padded.
-    return got.shape == expected.shape and _close(got, expected, least=1e-4)
+    return got.shape == expected.shape and close(got, expected, least=1e-4)
 
 
-def _close(got: mx.array, expected: mx.array, least: float = 0.0) -> bool:
+def close(got: mx.array, expected: mx.array, least: float = 0.0) -> bool:
     """Whether two arrays are equal to 16 units of rounding of the largest number, or to this share of it."""
     tolerance = max(16 * mx.finfo(expected.dtype).eps, least) * mx.abs(expected).max()
     return bool((mx.abs(got - expected).max() <= tolerance).item())

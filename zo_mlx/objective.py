@@ -184,6 +184,11 @@ def target_states(head: Head, batch: Batch) -> mx.array:
         states = [head.hidden(batch.tokens)]
     else:
         states = list(head.continued(batch.tokens, rest.lengths, rest.tokens, rest.parents))
+    return at_targets(states, batch)
+
+
+def at_targets(states: Sequence[mx.array], batch: Batch) -> mx.array:
+    """(M, H), from all states: (N, T, H), then (R, L, H) if there are continuations."""
     return mx.concatenate([x.reshape(-1, x.shape[-1]) for x in states])[mx.array(batch.positions)]
 
 

@@ -133,7 +133,7 @@ class Setup:
             if least > limit and self.depth.blocks and not config.spill:
                 config.spill = True
                 fit, least = exact_tokens_that_fit(room, self.exact_gradient(prefix), self.trainable.initial, batch)
-            elif config.keep_blocks is None and self.depth.blocks and fit >= layout([batch], False)[0]:
+            elif config.keep_blocks is None and self.depth.blocks and fit >= layout([batch], gradient.continues)[0]:
                 config.keep_blocks = blocks_that_fit(room, gradient, self.trainable.initial, batch)
         else:
             fit, least = tokens_that_fit(
