@@ -61,11 +61,19 @@ def test_a_journal_cannot_ask_for_more_either(setting: dict[str, object]) -> Non
         TrainConfig.recorded(dataclasses.asdict(TrainConfig()) | setting)
 
 
-@pytest.mark.parametrize(("batch", "directions", "used"), [(16, 8, 8), (4, 8, 4), (6, 4, 2), (7, 8, 1)])
-def test_directions_divide_the_batch(batch: int, directions: int, used: int) -> None:
-    config = TrainConfig(batch_size=batch, directions=directions, estimator="two-sided")
-    config.check()
-    assert config.directions == used
+def test_what_would_have_no_effect_is_refused() -> None:
+    TrainConfig(batch_size=16, directions=8, estimator="two-sided").check()
+    for settings, problem in (
+        ({"batch_size": 6, "directions": 4, "estimator": "two-sided"}, "--directions 4: two-sided .* give a divisor"),
+        ({"directions": 8, "estimator": "two-sided"}, "of which there are 4"),
+        ({"keep_blocks": 3}, "for --gradient exact"),
+        ({"spill": True}, "for --gradient exact"),
+        ({"patience": 2, "val_batches": 0}, "--patience needs validations"),
+        ({"max_tokens": 5}, "give --objective"),
+        ({"optimizer_config": {"sgd": {"momentum": 1.0}}}, "optimizer_config: sgd: momentum"),
+    ):
+        with pytest.raises(UsageError, match=problem):
+            TrainConfig(**settings).check()  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("batch", "directions"), [(16, 8), (4, 2), (2, 1), (1, 1), (7, 1), (9, 3), (30, 15)])

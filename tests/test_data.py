@@ -1,6 +1,7 @@
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -208,7 +209,7 @@ def test_batches_have_the_labels_of_the_whole_set() -> None:
         ),
         ('{"prompt": "a", "completion": 3}\n', "line 1: field 'completion' must be a string"),
         ('{"text": "a\\ud800"}\n', "line 1: holds half a surrogate pair"),
-        ('{"text": "a"}\n\n{"text": ""}\n', "line 3: field 'text' must be a non-empty string"),
+        ('{"text": "a"}\n\n{"text": ""}\n', "line 3: it has no token to predict"),
         ('{"messages": []}\n', "line 1: field 'messages' must be a non-empty list"),
         ('{"messages": [{"content": "x"}]}\n', "line 1: every message must be an object with a 'role'"),
         ('{"prompt": "a", "completion": "c", "choices": ["b", "d"]}\n', "line 1: completion 'c' is not among"),
@@ -258,3 +259,38 @@ def test_branches_have_equally_many_rows(tmp_path: Path, tokenizer: TokenizerWra
     assert (len(one.rows), len(three.rows)) == (2, 3)
     batch = collate([[one], [three]])
     assert batch.tokens.shape[0] == 6
+
+
+def test_what_has_nothing_to_learn_from_is_left_out_if_the_rest_has(
+    tmp_path: Path, tokenizer: TokenizerWrapper
+) -> None:
+    """Empty texts, as WikiText has them, and prompts that fill a sequence, which mlx-lm cuts."""
+    long = {"prompt": "a" * 99, "completion": "b"}
+    for rows, left in (
+        ([{"text": "a"}, {"text": ""}, {"text": "bc"}], "line 2: it has no token to predict"),
+        ([long, {"prompt": "a", "completion": "b"}], "line 1: the prompt has"),
+    ):
+        records = read_file(write_jsonl(tmp_path / "train.jsonl", rows))
+        unusable: list[str] = []
+        dataset = tokenized(records, tokenizer, 60, mask_prompt="prompt" in rows[0], unusable=unusable)
+        assert [e.record for e in dataset.examples] == [row for row in rows if row not in (long, {"text": ""})]
+        assert [left in problem for problem in unusable] == [True]
+    with pytest.raises(UsageError, match="line 1: the prompt has"):
+        tokenized(records[:1], tokenizer, 60, mask_prompt=True, unusable=[])
+
+
+@pytest.mark.parametrize(
+    ("row", "choices"),
+    [
+        ({"prompt": "q", "completion": "A", "choices": {"text": ["x", "y"], "label": ["A", "B"]}}, False),
+        ({"text": "q", "choices": ["x", "y"], "answer": 0}, False),
+        ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "choices": []}, False),
+        ({"prompt": "q", "completion": "x", "choices": ["x", "y"]}, True),
+    ],
+)
+def test_other_choices_than_ours_are_ignored_as_mlx_lm_does(
+    row: dict[str, Any], choices: bool, tmp_path: Path, tokenizer: TokenizerWrapper
+) -> None:
+    """As in ARC, MMLU and OpenBookQA."""
+    dataset = load_dataset(write_jsonl(tmp_path / "train.jsonl", [row]), tokenizer, 200)
+    assert dataset.kind == ("choices" if choices else "tokens")

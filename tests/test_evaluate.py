@@ -1,5 +1,6 @@
 import json
 import math
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -34,6 +35,21 @@ def test_accuracy_and_loss_equal_full_logits_of_stock_mlx_lm(tiny: Path, choice_
     assert got.examples == len(losses)
     assert got.loss == pytest.approx(np.mean(losses), abs=1e-4)
     assert got.accuracy == pytest.approx(correct / len(losses))
+
+
+def test_a_part_of_a_file_is_of_all_of_it_and_always_the_same(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file may be in the order of its labels."""
+    seen: list[list[str]] = []
+    monkeypatch.setattr(sys.modules["zo_mlx.evaluate"], "macro_f1", lambda _, right: seen.append(right) or 0.0)
+    rows = [{"prompt": f"{i}?", "completion": c, "choices": [" a", " b"]} for c in (" a", " b") for i in range(20)]
+    path = write_jsonl(tmp_path / "t.jsonl", rows)
+    for _ in range(2):
+        zo_mlx.evaluate(*zo_mlx.load(tiny), path, batch_size=10, num_batches=2, progress=False)
+    assert seen[0] == seen[1]
+    assert len(seen[0]) == 20
+    assert 5 <= seen[0].count(" a") <= 15
 
 
 def test_no_text_is_longer_than_the_model_was_made_for(tiny: Path, tmp_path: Path) -> None:

@@ -249,6 +249,20 @@ def test_the_default_rate_rises_and_falls(optimizer: str, tiny: Path, choice_dat
     np.testing.assert_allclose(_values(tmp_path / "a"), values, atol=1e-4 * np.abs(values - origin).max())
 
 
+def test_the_rate_is_said_and_one_far_below_it_doubted(tiny: Path, choice_data: Path, tmp_path: Path) -> None:
+    events: list[dict[str, Any]] = []
+    _train(tiny, choice_data, tmp_path / "a", report=events.append)
+    (chosen,) = [e for e in events if e["event"] == "chosen"]
+    origin = np.array(read_index(tiny).initial_values(), np.float64)
+    assert chosen["iteration"] == 1
+    assert chosen["learning_rate"] == pytest.approx(0.01 * np.sqrt(np.mean(origin**2)) / 1.09, rel=1e-5)
+    for rate, doubts in ((chosen["learning_rate"] / 9, 0), (chosen["learning_rate"] / 11, 1)):
+        events.clear()
+        _train(tiny, choice_data, tmp_path / f"{rate}", report=events.append, learning_rate=rate)
+        assert [e["event"] for e in events].count("chosen") == 0
+        assert sum("is far below" in e.get("message", "") for e in events) == doubts
+
+
 def test_what_does_not_go_together(tiny: Path, choice_data: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="objective accuracy has no gradient"):
         _train(tiny, choice_data, tmp_path / "a", objective="accuracy")

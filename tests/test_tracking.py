@@ -44,6 +44,16 @@ def test_services_get_what_mlx_lm_sends_them(
     assert len(calls["wandb"]) == 5
 
 
+def test_what_services_print_is_no_result(
+    tiny: Path, choice_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chatty = SimpleNamespace(init=lambda **_: print("initialized"), log=lambda *_, **__: print("logged"))
+    monkeypatch.setitem(__import__("sys").modules, "trackio", chatty)
+    _train(tiny, choice_data, tmp_path / "a", report_to="trackio")
+    out, err = capsys.readouterr()
+    assert (out, "initialized" in err, "logged" in err) == ("", True, True)
+
+
 def test_a_service_that_fails_later_ends_no_run(
     tiny: Path, choice_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

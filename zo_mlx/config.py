@@ -122,7 +122,10 @@ class TrainConfig:
         choices=tuple(ESTIMATORS),
     )
     directions: int | None = _setting(
-        None, "Directions per step; default: 7 if one-sided, half the batch if two-sided.", least=1, most=1 << 10
+        None,
+        "Directions per step; default: 7 if one-sided, a divisor of the batch, half of it if even, if two-sided.",
+        least=1,
+        most=1 << 10,
     )
     law: str = _setting("rademacher", "Law of the directions: +-1, or standard normal.", choices=LAWS)
     precondition: float = _setting(
@@ -162,10 +165,7 @@ class TrainConfig:
         return config
 
     def check(self) -> None:
-        """Raise UsageError for the first setting that is of the wrong type, or out of range.
-
-        Directions of a two-sided estimator that do not divide the batch evenly are made fewer, so that any size works.
-        """
+        """Raise UsageError for the first setting that is of the wrong type, or out of range."""
         if self.hf_dataset is not None:
             blocks: Any = self.hf_dataset if isinstance(self.hf_dataset, list) else [self.hf_dataset]
             if not blocks or not all(isinstance(block, dict) for block in blocks):
@@ -206,12 +206,22 @@ class TrainConfig:
                 raise UsageError(f"--split {self.split} is for random directions: leave out --gradient exact")
             if self.optimizer == "sgd" and not own_rate:
                 raise UsageError("sgd with exact gradients has no automatic learning rate: give --learning-rate")
+        elif self.keep_blocks or self.spill:
+            raise UsageError("--keep-blocks and --spill are for --gradient exact")
+        if self.patience and self.val_batches == 0:
+            raise UsageError("--patience needs validations: leave out --val-batches 0")
+        if self.max_tokens and self.objective == CROSS_ENTROPY:
+            raise UsageError("--max-tokens is for answers that are scored: give --objective")
         if self.split == "model" and self.memory_limit is not None:
             raise UsageError("--memory-limit does not go with --split model: give --tokens-at-once")
         if self.num_layers == 0:
             raise UsageError("num_layers must be at least 1, or -1 for all, not 0")
-        if self.directions is not None and self.estimator == "two-sided":
-            self.directions = math.gcd(self.directions, self.batch_size or _default_batch(self.gradient))
+        batch = self.batch_size or _default_batch(self.gradient)
+        if self.gradient == "zo" and self.estimator == "two-sided" and self.directions and batch % self.directions:
+            raise UsageError(
+                f"--directions {self.directions}: two-sided ones have a part of the batch each, of which there are "
+                f"{batch}: give a divisor of --batch-size"
+            )
         if self.lr_schedule is not None:
             try:
                 self.lr_schedule = json.loads(json.dumps(self.lr_schedule))  # as the journal will give it back
@@ -228,6 +238,10 @@ class TrainConfig:
                     if name in OPTIMIZERS:
                         rule = getattr(optim, OPTIMIZERS[name])(1e-3, **arguments)
                         rule.apply_gradients({"values": mx.ones(2)}, {"values": mx.ones(2)})
+                        for key in {"momentum", "dampening"} & arguments.keys():
+                            check_range(f"optimizer_config: {name}: {key}", arguments[key], 0, math.nextafter(1, 0))
+            except UsageError:
+                raise
             except Exception as e:  # mlx's optimizers take arguments without checking them
                 raise UsageError(f"optimizer_config is none of mlx's optimizers': {type(e).__name__}: {e}") from None
 

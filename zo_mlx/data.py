@@ -127,35 +127,46 @@ def tokenized(
     mask_prompt: bool = False,
     answers: bool = False,
     vocabulary: int = 1 << 30,
+    unusable: list[str] | None = None,
 ) -> Dataset:
     """Check and tokenize records, from `read_splits` or `read_file`; at least one. Those of a file are of one format.
 
     Args:
         tokenizer: the model's.
-        max_length: the longest sequence, in tokens. Longer texts are cut; a prompt that leaves no room is an error.
+        max_length: the longest sequence, in tokens. Longer texts are cut.
         mask_prompt: for `prompt`/`completion` and `messages`, count only the completion's tokens (mlx-lm's flag).
         answers: the model's own answers are to be compared with the completions: what has none is refused, and prompts
             are masked.
         vocabulary: how many tokens the model has.
+        unusable: gets what is wrong with records of mlx-lm's formats in which nothing is to be predicted (a prompt that
+            leaves no room, an empty text), which are left out then, as long as there are others. None: they are errors.
 
     Raises:
         UsageError: names the record and the field that is wrong.
     """
     files = [list(group) for _, group in groupby(records, place)]
-    parts = [_tokenized_file(file, tokenizer, max_length, mask_prompt, answers) for file in files]
+    parts = [_tokenized_file(file, tokenizer, max_length, mask_prompt, answers, unusable) for file in files]
     if len({part.kind for part in parts}) > 1:
         raise UsageError("some of the data have choices and some have not: " + ", ".join(place(f[0]) for f in files))
     examples = [example for part in parts for example in part.examples]
-    for (where, _), example in zip(records, examples, strict=True):
-        check_tokens(example, vocabulary, where)
+    if not examples and unusable:
+        raise UsageError(unusable[0])
+    place_of = {id(record): where for where, record in records}
+    for example in examples:
+        check_tokens(example, vocabulary, place_of[id(example.record)])
     return Dataset(parts[0].kind, examples, frozenset().union(*(part.left_out for part in parts)))
 
 
 def _tokenized_file(
-    records: Records, tokenizer: TokenizerWrapper, max_length: int, mask_prompt: bool, answers: bool
+    records: Records,
+    tokenizer: TokenizerWrapper,
+    max_length: int,
+    mask_prompt: bool,
+    answers: bool,
+    unusable: list[str] | None,
 ) -> Dataset:
     first_place, first = records[0]
-    if first.get("choices") is not None:
+    if _has_choices(first):
         for where, record in records:
             _text(record, "completion", where)
         examples = [choice_example(record, tokenizer, max_length, where) for where, record in records]
@@ -171,13 +182,13 @@ def _tokenized_file(
     if form == ("text",) and mask_prompt:
         raise UsageError(f"{first_place}: the text format has no prompts for --mask-prompt, or to be answered")
     for where, record in records:
-        if record.get("choices") is not None:
+        if _has_choices(record):
             raise UsageError(f"{where}: has choices, but {first_place} has none")
         if form == ("messages",):
             _check_messages(record, where, answers)
         else:
             for field in form:  # a chat template makes something of an empty text, too
-                _text(record, field, where, may_be_empty=form != ("text",))
+                _text(record, field, where, may_be_empty=True)
     dataset = create_dataset(
         [record for _, record in records],
         tokenizer,  # type: ignore[arg-type]
@@ -186,12 +197,25 @@ def _tokenized_file(
     examples = []
     for where, record in records:
         try:
-            tokens, offset = dataset.process(record)
+            # Where there is no token at all, mlx-lm's own looks for the last one.
+            empty = form == ("text",) and not record["text"]
+            tokens, offset = ([], 0) if empty else dataset.process(record)
         except Exception as e:  # chat templates are programs; they raise what they like
             raise UsageError(f"{where}: the tokenizer's chat template fails: {e}") from None
-        examples.append(_token_example(tokens, offset, max_length, where, record))
+        try:
+            examples.append(_token_example(tokens, offset, max_length, where, record))
+        except UsageError as e:
+            if unusable is None:
+                raise
+            unusable.append(str(e))
     left_out = frozenset() if form == ("text",) else _left_out([r for _, r in records], dataset.process)
     return Dataset("tokens", examples, left_out)
+
+
+def _has_choices(record: Record) -> bool:
+    """Whether a record is of our format; hub datasets have other things that are called choices."""
+    choices = record.get("choices")
+    return choices is not None and not isinstance(choices, dict) and "prompt" in record
 
 
 def _left_out(records: list[Record], process: Callable[[Record], Any]) -> frozenset[str]:

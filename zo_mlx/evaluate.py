@@ -90,7 +90,7 @@ def evaluate(
         model, tokenizer: from `zo_mlx.load`.
         data: a `.jsonl` file, a directory whose `test.jsonl` is taken, or the hub id of a dataset with a test split.
         batch_size: examples at a time.
-        num_batches: how many batches of the file's first examples; -1 for all.
+        num_batches: how many batches, of examples from all over the file; -1 for all.
         max_seq_length: longest sequence in tokens; the model's context length if that is less.
         mask_prompt: leave the prompt out of the loss.
         objective: score the answers, too: accuracy, exact-match, f1, or module:function. Then prompts are left out of
@@ -135,13 +135,15 @@ def evaluate_dataset(
     ranks: Ranks | None = None,
     together: bool = False,
 ) -> Evaluation:
-    """As `evaluate`, for a model split at its head and the first `count` examples of tokenized data, -1 for all.
+    """As `evaluate`, for a model split at its head and tokenized data: `count` examples, always the same; -1 for all.
 
     Args:
         ranks: each of them evaluates its part of the examples, and all have the result.
         together: each of them has a part of the model instead, and all evaluate all examples.
     """
-    examples = dataset.examples if count < 0 else dataset.examples[:count]
+    examples = dataset.examples
+    if 0 <= count < len(examples):  # not the first ones: files may be in the order of their labels
+        examples = [examples[i] for i in np.random.default_rng(0).permutation(len(examples))[:count]]
     # Batches of equal lengths have the least padding.
     examples = sorted(examples, key=lambda e: e.length)
     if ranks is None or together:

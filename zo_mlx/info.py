@@ -1,7 +1,6 @@
 """Say what is in a model directory or an adapter directory."""
 
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import numpy as np
 
 from . import adapter
 from .errors import UsageError
+from .figures import in_order
 from .files import load_safetensors, read_json, sha256
 from .index import FILE_NAME as INDEX
 from .index import SensitiveTensor, read_index
@@ -139,7 +139,7 @@ def as_text(found: dict[str, Any]) -> str:
         lines += [
             f"{layer['path']:{width}}  {layer['trainable']:9d}  {layer['density'] or math.nan:8.2e}  "
             f"{layer['columns'] or math.nan:7.2%}  {layer['score'] / total:6.2%}"
-            for layer in sorted(layers, key=lambda layer: re.sub(r"\d+", lambda n: n[0].zfill(5), layer["path"]))
+            for layer in sorted(layers, key=lambda layer: in_order(layer["path"]))
         ]
     return "\n".join(lines)
 

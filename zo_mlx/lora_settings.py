@@ -31,8 +31,11 @@ CHECKED = ("train", "resume_adapter_file")
 RATES = ("learning_rate", "lr_schedule")
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, made_for_lora: bool = False) -> dict[str, Any]:
     """Settings from a YAML file with mlx-lm's keys, as `understood`.
+
+    Args:
+        made_for_lora: whether that is known already; else the file's keys tell.
 
     Raises:
         UsageError: the file is missing, not YAML, or not a mapping; or as `understood`.
@@ -51,7 +54,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     for name in ("model", "data", "adapter_path"):
         if isinstance(settings.get(name), str):
             settings[name] = expanded(settings[name])
-    made_for_lora = any(key in NOT_HERE or key in CHECKED for key in content)
+    made_for_lora = made_for_lora or any(key in NOT_HERE or key in CHECKED for key in content)
     return understood(settings, str(path), RATES if made_for_lora else ())
 
 

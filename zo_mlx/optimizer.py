@@ -10,7 +10,7 @@ from mlx.utils import tree_map
 from mlx_lm.tuner.utils import build_schedule
 
 from .config import OPTIMIZERS, TrainConfig, filled
-from .control import MEASURED, MOST_HALVINGS, Control, exact_rate
+from .control import EXACT_SHARE, MEASURED, MOST_HALVINGS, WARMUP, Control, exact_rate
 from .estimator import Directions
 from .journal import Record
 from .metric import CROSS_ENTROPY
@@ -34,13 +34,13 @@ TOO_LOW = 10
 def _share(name: str, arguments: dict[str, Any]) -> float:
     """How large a rate is to be beside that of SGD, or Adam, so that both go equally far along a small gradient.
 
-    Momentum adds gradients up. Lion takes the sign of c = b1 m + (1 - b1) g, whose mean, where all but nothing of c is
-    noise of a standard deviation d, is that of c times sqrt(2 / pi) / d.
+    Momentum adds gradients up, dampening makes them less. Lion takes the sign of c = b1 m + (1 - b1) g, whose mean,
+    where all but nothing of c is noise of a standard deviation d, is that of c times sqrt(2 / pi) / d.
     """
     if name == "lion":
         b1, b2 = arguments.get("betas", (0.9, 0.99))
         return math.sqrt(math.pi / 2 * ((1 - b1) ** 2 + b1**2 * (1 - b2) / (1 + b2)))
-    return 1 - arguments.get("momentum", 0.0)
+    return (1 - arguments.get("momentum", 0.0)) / (1 - arguments.get("dampening", 0.0))
 
 
 class Optimizer:
@@ -67,8 +67,15 @@ class Optimizer:
         if name in ("adam", "adamw") and (config.gradient == "exact" or schedule is None):
             # Without it their first steps are longer than the rates say: three times the very first, and more after it.
             arguments = {"bias_correction": True, **arguments}
-        if config.gradient == "exact":
-            schedule = schedule or exact_rate(origin, self._share)
+        # The highest of the rates chosen for exact gradients, and of those that would be in place of the user's own.
+        self._chosen = self._would_be = 0.0
+        if config.gradient == "exact" and name in SCALE_FREE:
+            rates = exact_rate(origin, self._share)
+            highest = float(rates(mx.array(WARMUP - 1)))
+            if schedule is None:
+                schedule, self._chosen = rates, highest
+            else:
+                self._would_be = highest
         self._rule: optim.Optimizer = getattr(optim, OPTIMIZERS[name])(schedule or 0.0, **arguments)
         self._rule.init({"values": origin})
         self._origin = origin
@@ -113,7 +120,9 @@ class Optimizer:
     def news(self, before: State, after: State) -> dict[str, Any] | None:
         """What a step decided for the steps to come, for the log: as an event, or None."""
         if self._control is None:
-            return None
+            if not self._chosen or before["rule"]["step"].item():
+                return None
+            return {"event": "chosen", "learning_rate": self._chosen, "share": EXACT_SHARE, "warmup": WARMUP}
         old, new = before["control"], after["control"]
         if new["look"].item() > old["look"].item():
             return {"event": "restarted", "steps": old["look"].item(), "halvings": new["halvings"].item()}
@@ -131,13 +140,13 @@ class Optimizer:
 
     def doubt(self, record: Record) -> str | None:
         """What is to be said, once, after the steps that show it: learning rates of the user's own are far too low."""
-        if self._watch is None:
-            return None
-        _, self._watched = self._watch.observe(self._watched, record)
-        rate = self._share * self._watch.learning_rate(self._watched, record, self._scale_free)
+        rate = self._would_be
+        if self._watch:
+            _, self._watched = self._watch.observe(self._watched, record)
+            rate = self._share * self._watch.learning_rate(self._watched, record, self._scale_free)
         if rate == 0:
             return None
-        self._watch = None
+        self._watch, self._would_be = None, 0.0
         if TOO_LOW * self._highest >= rate:
             return None
         return (

@@ -119,7 +119,7 @@ class Report:
             slopes=figures.slopes(steps),
             sampled=self.shown[0],
             samples=self._samples,
-            layers=layers,
+            layers=sorted(layers, key=lambda layer: figures.in_order(layer.path)),
             maps=figures.maps(layers),
             begun=[(e, *command(e)) for e in events if e["event"] == "begun"],
             notes=[e for e in events if e["event"] in ("warning", "returned", "restarted", "stopped")],

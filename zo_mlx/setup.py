@@ -58,7 +58,8 @@ class Setup:
         features = {name: getattr(config, name) for name in FEATURES}
         splits = read_splits(config.data, SPLITS if config.test else SPLITS[:2], features, config.hf_dataset)
         if "valid" not in splits:
-            self.warn(f"{data} has no validation set (valid.jsonl): training goes on without validation")
+            patience = ", and --patience has no effect" if config.patience else ""
+            self.warn(f"{data} has no validation set (valid.jsonl): training goes on without validation" + patience)
         self.train_set = self.tokenized(splits["train"])
         self.valid_set = self.tokenized(splits["valid"]) if "valid" in splits else None
         self.test_set = self.tokenized(splits["test"]) if config.test else None
@@ -115,7 +116,10 @@ class Setup:
 
     def tokenized(self, records: Records) -> Dataset:
         mask, scored = self.config.mask_prompt, self.metric is not None
-        dataset = tokenized(records, self.tokenizer, self.longest, mask, scored, self.vocabulary)
+        unusable = list[str]()
+        dataset = tokenized(records, self.tokenizer, self.longest, mask, scored, self.vocabulary, unusable)
+        if unusable:
+            self.warn(f"{len(unusable)} of {len(records)} examples are left out: {unusable[0]}")
         if cut := dataset.truncated:
             self.warn(f"{place(records[0])}: {cut} sequences are longer than {self.longest} tokens and were cut")
         for name in sorted(dataset.left_out):

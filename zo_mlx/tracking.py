@@ -10,6 +10,7 @@ from mlx_lm.tuner.callbacks import SUPPORT_CALLBACK, TrainingCallback, get_repor
 
 from .config import TrainConfig
 from .errors import UsageError, ZoError
+from .progress import redirected_to_stderr
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -53,7 +54,8 @@ def followed(report: Report, config: TrainConfig) -> Report:
     project = config.project_name or Path.cwd().name
     try:
         settings: Any = asdict(config)
-        services = get_reporting_callbacks(config.report_to, project, config.adapter_path, settings)
+        with redirected_to_stderr():
+            services = get_reporting_callbacks(config.report_to, project, config.adapter_path, settings)
     except ImportError as e:
         raise UsageError(f"{problem}: {str(e).split('.')[0]}; install it with pip") from None
     except ValueError as e:
@@ -67,11 +69,12 @@ def followed(report: Report, config: TrainConfig) -> Report:
         numbers = {key: value for key, value in event.items() if type(value) in (int, float)}
         prefix = {"validation": "val", "test": "test"}.get(event["event"])
         try:
-            if services and event["event"] == "train":
-                services.on_train_loss_report(numbers)
-            elif services and prefix:
-                named = {key if key == "iteration" else f"{prefix}_{key}": value for key, value in numbers.items()}
-                services.on_val_loss_report(named)
+            with redirected_to_stderr():
+                if services and event["event"] == "train":
+                    services.on_train_loss_report(numbers)
+                elif services and prefix:
+                    named = {key if key == "iteration" else f"{prefix}_{key}": value for key, value in numbers.items()}
+                    services.on_val_loss_report(named)
         except Exception as e:  # a run does not fail because those who follow it do
             services = None
             report({"event": "warning", "message": f"{problem}: not followed any further: {type(e).__name__}: {e}"})

@@ -104,7 +104,8 @@ def check_place(directory: Path, overwrite: bool, ranks: int = 1) -> None:
         return
     if (directory / journal.FILE_NAME).exists():
         raise UsageError(
-            f"{directory} already holds a run; give --resume to go on with it or --overwrite to replace it"
+            f"{directory} already holds a run; give --resume to go on with it or --overwrite to replace it; "
+            "zo-mlx evaluate measures it"
         )
     raise UsageError(
         f"{directory} holds files that a run would replace, but no run of zo-mlx; give another --adapter-path, or "

@@ -14,6 +14,7 @@ from ..lora import Fit
 from ..lora_settings import CHECKED, NOT_HERE, read_yaml, understood
 from ..progress import print_line
 from ..ranks import Ranks
+from ..result import TrainResult
 from . import add_command
 
 
@@ -58,7 +59,8 @@ def _number_or(word: str) -> Any:
 def _run(args: argparse.Namespace) -> None:
     names = {*CHECKED, *NOT_HERE, *(f.name for f in dataclasses.fields(TrainConfig))}
     flags = {k: v for k, v in vars(args).items() if k in names and v is not None}
-    settings = {**(read_yaml(Path(args.config)) if args.config else {}), **understood(flags, "flags")}
+    made_for_lora = any(name in flags for name in (*CHECKED, *NOT_HERE))
+    settings = {**(read_yaml(Path(args.config), made_for_lora) if args.config else {}), **understood(flags, "flags")}
     report = _print_json if args.json else _print_event
     how = {name: getattr(args, name) for name in ("resume", "overwrite", "changed_data")}
     if args.seeds is not None:
@@ -69,7 +71,9 @@ def _run(args: argparse.Namespace) -> None:
         for name, numbers in found.spread.items():
             spread = ", ".join(f"{key} {mean:.3f} ± {deviation:.3f}" for key, (mean, deviation) in numbers.items())
             print(f"{name.capitalize()} over {args.seeds} seeds: {spread}")
-        print("\n".join(f"{run.adapter_path}: {run.iterations} steps" for run in found.runs))
+        for run in found.runs:
+            print(f"{run.adapter_path}: {run.iterations} steps")
+            _print_best(run)
         return
     result = train(report=report, **how, **settings)
     if not Ranks().is_first:
@@ -80,10 +84,15 @@ def _run(args: argparse.Namespace) -> None:
         print(f"{result.adapter_path}: {result.iterations} steps, {result.adapter_bytes / 1e6:.2f} MB")
         if (page := Path(result.adapter_path) / REPORT).exists():
             print(f"{page}: the run as a page for the browser")
-        if result.best and result.best.iteration < result.iterations:
-            scored = result.after is not None and result.after.score is not None
-            what = f"score {-result.best.loss:.3f}" if scored else f"loss {result.best.loss:.3f}"
-            print(f"{result.adapter_path}/{BEST}: step {result.best.iteration}, validation {what}")
+        _print_best(result)
+
+
+def _print_best(result: TrainResult) -> None:
+    """What was better on the validation set than the last values, if anything was."""
+    if result.best and result.best.iteration < result.iterations:
+        scored = result.after is not None and result.after.score is not None
+        what = f"score {-result.best.loss:.3f}" if scored else f"loss {result.best.loss:.3f}"
+        print(f"{result.adapter_path}/{BEST}: step {result.best.iteration}, validation {what}")
 
 
 def _print_json(event: dict[str, Any]) -> None:
@@ -98,6 +107,11 @@ def _print_event(event: dict[str, Any]) -> None:
             f"Iter {event['iteration']}: Train {what}, "
             f"Learning Rate {event['learning_rate']:.3e}, It/sec {event['iterations_per_second']:.3f}, "
             f"Tokens/sec {event['tokens_per_second']:.1f}, Peak mem {event['peak_memory']:.3f} GB"
+        )
+    elif event["event"] == "chosen" and "share" in event:
+        line = (
+            f"Iter {event['iteration']}: Learning Rate up to {event['learning_rate']:.3e} in {event['warmup']} steps, "
+            f"which moves values by {event['share']:.0%} of their root mean square, and less from then on"
         )
     elif event["event"] == "chosen":
         line = (
