@@ -17,7 +17,6 @@ import zo_mlx
 from zo_mlx import adapter
 from zo_mlx.answers import Judge
 from zo_mlx.cli import main
-from zo_mlx.data import load_dataset
 from zo_mlx.errors import UsageError, ZoError
 from zo_mlx.estimator import Branches, Vectors
 from zo_mlx.head import split_head
@@ -25,6 +24,7 @@ from zo_mlx.index import read_index
 from zo_mlx.metric import METRICS, Metric
 from zo_mlx.model import load_sparse
 from zo_mlx.objective import collate, scores
+from zo_mlx.rows import load_dataset
 from zo_mlx.step import make_loss
 
 WORDS = ["apple", "a rather long prompt of many words", "stone", "under the river", "x"]

@@ -14,10 +14,11 @@ from tokenizers import normalizers
 
 import zo_mlx
 from zo_mlx.batches import batch_order
-from zo_mlx.data import Example, load_dataset, tokenized
+from zo_mlx.data import Example
 from zo_mlx.errors import UsageError
 from zo_mlx.objective import collate
 from zo_mlx.records import FEATURES, read_file
+from zo_mlx.rows import load_dataset, tokenized
 
 CHOICE = {"prompt": "a?", "completion": " yes", "choices": [" yes", " no"]}
 

@@ -18,7 +18,7 @@ import zo_mlx
 from zo_mlx import adapter
 from zo_mlx.blocks import BlockwiseModel
 from zo_mlx.config import TrainConfig, resolved
-from zo_mlx.data import Example, load_dataset
+from zo_mlx.data import Example
 from zo_mlx.errors import UsageError
 from zo_mlx.exact import ExactGradient
 from zo_mlx.head import split_head
@@ -28,6 +28,7 @@ from zo_mlx.model import load_sparse
 from zo_mlx.objective import layout
 from zo_mlx.optimizer import Optimizer
 from zo_mlx.prefix import Prefix
+from zo_mlx.rows import load_dataset
 from zo_mlx.step import exact_step
 
 TEXTS = ["one short text", "another text, which is longer than the first one", "x y"]

@@ -14,7 +14,7 @@ import zo_mlx
 from zo_mlx import objective
 from zo_mlx.blocks import BlockwiseModel
 from zo_mlx.config import TrainConfig, resolved
-from zo_mlx.data import Example, Target, load_dataset
+from zo_mlx.data import Example, Target
 from zo_mlx.estimator import Branches, TwoSided, Vectors, directions
 from zo_mlx.exact import ExactGradient
 from zo_mlx.fit import _largest_that_fits, blocks_that_fit, exact_tokens_that_fit, tokens_that_fit
@@ -25,6 +25,7 @@ from zo_mlx.model import load_sparse
 from zo_mlx.objective import layout
 from zo_mlx.optimizer import Optimizer
 from zo_mlx.prefix import Prefix
+from zo_mlx.rows import load_dataset
 from zo_mlx.step import make_loss, step
 
 

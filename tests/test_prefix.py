@@ -12,7 +12,7 @@ from test_train import _train, _values
 import zo_mlx
 from zo_mlx.blocks import BlockwiseModel
 from zo_mlx.config import TrainConfig
-from zo_mlx.data import Example, load_dataset
+from zo_mlx.data import Example
 from zo_mlx.errors import Interrupted, UsageError
 from zo_mlx.estimator import TwoSided, Vectors
 from zo_mlx.head import split_head
@@ -21,6 +21,7 @@ from zo_mlx.journal import Journal
 from zo_mlx.model import load_sparse, load_stock_model
 from zo_mlx.prefix import Prefix
 from zo_mlx.ranks import Ranks
+from zo_mlx.rows import load_dataset
 from zo_mlx.run import Run
 from zo_mlx.sparse import SparseModel
 from zo_mlx.step import make_loss

@@ -23,11 +23,11 @@ from test_stop import _words
 from test_train import _train, _values
 
 from zo_mlx.config import TrainConfig, resolved
-from zo_mlx.data import load_dataset
 from zo_mlx.estimator import Branches, OneSided, directions
 from zo_mlx.head import split_head
 from zo_mlx.journal import Journal
 from zo_mlx.model import load_sparse
+from zo_mlx.rows import load_dataset
 from zo_mlx.split import Split, portions
 from zo_mlx.step import make_loss
 

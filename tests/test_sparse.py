@@ -9,13 +9,13 @@ from mlx.utils import tree_unflatten
 from mlx_lm import load
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
 
-from zo_mlx.data import load_dataset
 from zo_mlx.errors import UsageError
 from zo_mlx.estimator import Branches, Vectors
 from zo_mlx.head import split_head
 from zo_mlx.index import SensitiveIndex, read_index
 from zo_mlx.model import load_sparse
 from zo_mlx.product import dequantized, prepare
+from zo_mlx.rows import load_dataset
 from zo_mlx.sparse import SparseLinear, SparseModel
 from zo_mlx.step import make_loss
 from zo_mlx.switch import SparseSwitchLinear

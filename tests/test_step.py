@@ -7,11 +7,12 @@ import pytest
 
 from zo_mlx import estimator
 from zo_mlx.config import TrainConfig, resolved
-from zo_mlx.data import Dataset, Example, load_dataset
+from zo_mlx.data import Dataset, Example
 from zo_mlx.evaluate import evaluate_dataset
 from zo_mlx.head import split_head
 from zo_mlx.model import load_sparse
 from zo_mlx.optimizer import Optimizer
+from zo_mlx.rows import load_dataset
 from zo_mlx.step import make_loss, replay, step
 
 RNG = np.random.default_rng(0)

@@ -9,13 +9,13 @@ import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .config import check_range
-from .data import check_tokens, choice_example
 from .errors import UsageError
 from .head import split_head
 from .model import config_of, context_length, vocabulary_size
 from .objective import collate, scores
 from .progress import Progress
 from .records import Record, Records, read_file
+from .rows import check_tokens, choice_example
 
 
 def classify(

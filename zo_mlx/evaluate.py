@@ -14,7 +14,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .answers import Judge, longest_completion
 from .config import check_range
-from .data import Dataset, Example, tokenized
+from .data import Dataset, Example
 from .errors import UsageError
 from .head import Head, split_head
 from .metric import CROSS_ENTROPY, Metric
@@ -23,6 +23,7 @@ from .objective import collate, denominator, example_losses, scores
 from .progress import Progress
 from .ranks import Ranks
 from .records import FEATURES, read_file, read_splits
+from .rows import tokenized
 
 
 @dataclass

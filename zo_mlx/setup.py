@@ -13,7 +13,7 @@ from . import journal
 from .answers import Judge, longest_completion
 from .batches import Batches
 from .config import TrainConfig, filled, resolved
-from .data import Dataset, tokenized
+from .data import Dataset
 from .depth import choose_depth
 from .errors import UsageError
 from .exact import ExactGradient
@@ -26,6 +26,7 @@ from .objective import layout
 from .prefix import Prefix
 from .ranks import Ranks
 from .records import FEATURES, SPLITS, Records, place, read_splits
+from .rows import tokenized
 from .split import Split
 from .trainable import Trainable
 

@@ -28,12 +28,12 @@ from matplotlib.figure import Figure
 
 from zo_mlx.batches import batch_order
 from zo_mlx.config import filled, resolved
-from zo_mlx.data import load_dataset
 from zo_mlx.evaluate import evaluate_dataset
 from zo_mlx.head import split_head
 from zo_mlx.journal import FILE_NAME, Journal
 from zo_mlx.memory import bounded_cache
 from zo_mlx.model import load_sparse
+from zo_mlx.rows import load_dataset
 from zo_mlx.step import rows_of_step
 
 Points = list[dict[str, Any]]

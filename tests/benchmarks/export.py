@@ -23,9 +23,10 @@ import mlx_lm
 import numpy as np
 
 from zo_mlx.adapter import LORA_TENSORS, VALUES
-from zo_mlx.data import Example, load_dataset
+from zo_mlx.data import Example
 from zo_mlx.lora import kl_divergence
 from zo_mlx.product import prepare
+from zo_mlx.rows import load_dataset
 
 ROUNDS, GENERATED, TOGETHER = 3, 16, 10
 

@@ -34,7 +34,7 @@ from zo_mlx import estimator
 from zo_mlx.batches import batch_order
 from zo_mlx.blocks import BlockwiseModel
 from zo_mlx.config import TrainConfig, resolved
-from zo_mlx.data import Dataset, Example, Target, load_dataset
+from zo_mlx.data import Dataset, Example, Target
 from zo_mlx.exact import ExactGradient
 from zo_mlx.head import Head, split_head
 from zo_mlx.index import read_index
@@ -43,6 +43,7 @@ from zo_mlx.model import load_sparse
 from zo_mlx.objective import collate, scores
 from zo_mlx.optimizer import Optimizer
 from zo_mlx.prefix import Prefix
+from zo_mlx.rows import load_dataset
 from zo_mlx.sparse import SparseModel
 from zo_mlx.step import exact_step, make_loss, step
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import train, train_seeds
-from ..adapter import BEST, REPORT
+from ..adapter import BEST, LORA_TENSORS, REPORT
 from ..config import TrainConfig, value_type
 from ..lora import Fit
 from ..lora_settings import CHECKED, NOT_HERE, read_yaml, understood
@@ -81,7 +81,9 @@ def _run(args: argparse.Namespace) -> None:
     if args.json:
         _print_json({"event": "result", **result.as_dict()})
     else:
-        print(f"{result.adapter_path}: {result.iterations} steps, {result.adapter_bytes / 1e6:.2f} MB")
+        lora = Path(result.adapter_path) / LORA_TENSORS
+        more = f", and {lora.stat().st_size / 1e6:.0f} MB for stock mlx-lm" if lora.exists() else ""
+        print(f"{result.adapter_path}: {result.iterations} steps, {result.adapter_bytes / 1e6:.2f} MB{more}")
         if (page := Path(result.adapter_path) / REPORT).exists():
             print(f"{page}: the run as a page for the browser")
         _print_best(result)
