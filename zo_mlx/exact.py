@@ -56,7 +56,7 @@ class ExactGradient:
         self._spans = sparse.spans()
         self._first = sparse.first_block
         self.blocks_trained = len(sparse.model.layers) - self._first
-        self.continues = head.continues and blocks is not None and prefix is None and blocks.continues()
+        self.continues = head.continues and blocks is not None and self._first == 0 and blocks.continues()
 
     def __call__(
         self, values: mx.array, examples: Sequence[Example], count: float | None = None

@@ -10,7 +10,7 @@ from . import add_command
 
 
 def add(commands: Any) -> None:
-    """Its parser; flags are those of `mlx_lm.fuse`, and --bits."""
+    """Its parser; flags are those of `mlx_lm.fuse` but --trust-remote-code, and --bits."""
     p = add_command(commands, "fuse", _run, "Put an adapter's values into a copy of its model.")
     p.add_argument("--model", default="mlx_model", help="MLX model directory.")
     p.add_argument("--adapter-path", default="adapters", help="Adapter directory made by `zo-mlx train`.")
