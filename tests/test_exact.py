@@ -145,14 +145,17 @@ def test_of_a_real_model(choices: list[str], rounding: float, smollm2: Path, tmp
     assert np.abs(np.array(got) - expected).max() < rounding * np.abs(expected).max()
 
 
-def test_of_the_last_blocks_alone(spread: Path, examples: dict[str, list[Example]]) -> None:
+@pytest.mark.parametrize("kind", ["choices", "answers"])
+def test_of_the_last_blocks_alone(kind: str, spread: Path, examples: dict[str, list[Example]]) -> None:
     sparse, _, index, _ = load_sparse(spread)
     everything = index.initial_values()
-    _, expected = dense_gradient(spread, np.array(everything), examples["choices"])
+    _, expected = dense_gradient(spread, np.array(everything), examples[kind])
     ((start, end),) = sparse.train_last(1, everything)
-    blocks = BlockwiseModel(sparse.model)
-    prefix = Prefix(blocks, sparse.first_block)
-    _, got = ExactGradient(sparse, split_head(sparse.model), blocks, prefix)(everything[start:end], examples["choices"])
+    blocks, shares = BlockwiseModel(sparse.model), kind == "answers"
+    prefix = None if shares else Prefix(blocks, sparse.first_block)
+    gradient = ExactGradient(sparse, split_head(sparse.model, continuing=shares), blocks, prefix)
+    assert gradient.continues == shares
+    _, got = gradient(everything[start:end], examples[kind])
     assert np.abs(np.array(got) - expected[start:end]).max() < 1e-5 * np.abs(expected).max()
 
 

@@ -56,7 +56,7 @@ class ExactGradient:
         self._spans = sparse.spans()
         self._first = sparse.first_block
         self.blocks_trained = len(sparse.model.layers) - self._first
-        self.continues = head.continues and blocks is not None and self._first == 0 and blocks.continues()
+        self.continues = head.continues and blocks is not None and prefix is None and blocks.continues()
 
     def __call__(
         self, values: mx.array, examples: Sequence[Example], count: float | None = None
@@ -122,7 +122,10 @@ class ExactGradient:
         if self._prefix:
             x = [self._prefix.states(batch.tokens, [examples])]
         else:
-            x = [blocks.inputs(own, self._first) for own in tokens]
+            x = [blocks.inputs(own, 0) for own in tokens]
+            for i in range(self._first):
+                x = run(i, *x)
+                mx.eval(x)
         parts = {i: [values[start:end] for _, start, end in own] for i, own in self._spans.items()}
         keep = self.blocks_trained if self.keep_blocks == -1 else min(self.keep_blocks, self.blocks_trained)
         numbers = range(self._first, len(blocks.blocks) - keep)
