@@ -162,6 +162,8 @@ def test_texts_are_shown_token_by_token(tiny: Path, tmp_path: Path) -> None:
         len(expected) : 2 * len(expected)
     ]
     assert [float((t or "").rstrip("%")) / 100 for t in titles] == pytest.approx(expected, abs=1e-3)
+    predicted = tokenizer.decode(probabilities.argmax(axis=-1).tolist())
+    assert predicted.strip() in [text.strip() for text in page.within["p"]]
 
 
 def test_generated_texts_are_shown_where_they_are_the_objective(tiny: Path, tmp_path: Path) -> None:

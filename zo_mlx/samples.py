@@ -11,7 +11,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from .answers import Judge, prompt_length
 from .data import Dataset, Example
 from .head import Head
-from .objective import collate, scores
+from .objective import collate, greedy_tokens, padded, scores
 from .sparse import SparseModel
 
 # Little more than a step with SmolLM2.
@@ -31,7 +31,7 @@ class Sample:
         prompt: what comes before, or the end of that.
         right: the right choice or text.
         chances: of each choice or token: its probability with each of the values.
-        answers: the texts with each of them.
+        answers: the texts with each of them; for tokens, the likeliest one at each place, after those that are there.
     """
 
     kind: Kind
@@ -82,6 +82,8 @@ def samples(
         else:
             parts = [examples[i : i + at_once] for i in range(0, count, at_once)]
             found.append([chances for part in parts for chances in _chances(head, part)])
+            if dataset.kind == "tokens":
+                answers.append([tokenizer.decode(tokens) for part in parts for tokens in _likeliest(head, part)])
     kind: Kind = "choices" if dataset.kind == "choices" else "text" if writer else "tokens"
     made = list[Sample]()
     for i, example in enumerate(examples):
@@ -100,6 +102,13 @@ def samples(
 def _by_token(example: Example) -> Example:
     """A text whose last tokens are scored one by one."""
     return replace(example, targets=[[target] for target in example.targets[0][-TOKENS:]])
+
+
+def _likeliest(head: Head, examples: Sequence[Example]) -> list[list[int]]:
+    """The likeliest token at the place of each one that is scored, of texts scored token by token."""
+    states = head.hidden(mx.array(padded([[e.rows[0] for e in examples]])))
+    places = [mx.array([target.position for (target,) in e.targets]) for e in examples]
+    return [greedy_tokens(head, states[i, at]).tolist() for i, at in enumerate(places)]
 
 
 def _chances(head: Head, examples: Sequence[Example]) -> list[list[float]]:
