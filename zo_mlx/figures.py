@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -54,11 +53,6 @@ def layers(sizes: Mapping[str, int], weights: Mapping[str, int], spans: Sequence
         found.append(Layer(path, weights[path], size, start, 0.0 if trained else None))
         start += size
     return found
-
-
-def in_order(path: str) -> str:
-    """What sorts layers' paths by the numbers in them."""
-    return re.sub(r"\d+", lambda number: number[0].zfill(5), path)
 
 
 def moved(layers: Sequence[Layer], before: np.ndarray, after: np.ndarray) -> list[Layer]:

@@ -1,6 +1,7 @@
 """The sensitive index, `sensitive.safetensors`: which weights are trainable. Format: docs/formats.md."""
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,3 +113,8 @@ def _checked(path: str, indices: mx.array, values: mx.array, scores: mx.array) -
     if not mx.all(mx.isfinite(values)).item():
         raise ValueError(f"{path}.values are not all finite")
     return SensitiveTensor(positions, values, np.array(scores))
+
+
+def in_order(path: str) -> str:
+    """What sorts layers' paths by the numbers in them."""
+    return re.sub(r"\d+", lambda number: number[0].zfill(5), path)

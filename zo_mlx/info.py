@@ -8,10 +8,9 @@ import numpy as np
 
 from . import adapter
 from .errors import UsageError
-from .figures import in_order
 from .files import load_safetensors, read_json, sha256
 from .index import FILE_NAME as INDEX
-from .index import SensitiveTensor, read_index
+from .index import SensitiveTensor, in_order, read_index
 from .journal import FILE_NAME as JOURNAL
 from .journal import Journal
 from .model import fingerprint, weight_files

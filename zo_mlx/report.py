@@ -23,6 +23,7 @@ from .config import TrainConfig
 from .errors import ZoError
 from .events import Event, EventLog
 from .files import write_atomically
+from .index import in_order
 from .journal import Journal
 from .model import load_stock_model
 from .product import weight_shape
@@ -119,7 +120,7 @@ class Report:
             slopes=figures.slopes(steps),
             sampled=self.shown[0],
             samples=self._samples,
-            layers=sorted(layers, key=lambda layer: figures.in_order(layer.path)),
+            layers=sorted(layers, key=lambda layer: in_order(layer.path)),
             maps=figures.maps(layers),
             begun=[(e, *command(e)) for e in events if e["event"] == "begun"],
             notes=[e for e in events if e["event"] in ("warning", "returned", "restarted", "stopped")],
