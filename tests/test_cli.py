@@ -215,12 +215,12 @@ def test_completion_is_a_script_for_the_shell(
 def test_what_a_run_decides_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     event = {"event": "chosen", "iteration": 3, "learning_rate": 2e-4, "epsilon": 1e-3, "slope": 16.6, "directions": 21}
     _print_event(event)
-    _print_event({"event": "chosen", "iteration": 1, "learning_rate": 8e-4, "share": 0.01, "warmup": 10})
+    _print_event({"event": "chosen", "iteration": 1, "learning_rate": 8e-4, "share": 0.0092, "warmup": 10})
     _print_event({"event": "returned", "iteration": 75, "step": 50, "halvings": 2})
     _print_event({"event": "restarted", "iteration": 75, "steps": 50, "halvings": 2})
     lines = capsys.readouterr().out.splitlines()
     assert "Iter 3: Learning Rate 2.000e-04, epsilon 1.0e-03: slopes along 21 directions" in lines[0]
-    assert lines[1].startswith("Iter 1: Learning Rate up to 8.000e-04 in 10 steps, which moves values by 1% of their")
+    assert lines[1].startswith("Iter 1: Learning Rate up to 8.000e-04 in 10 steps, 0.92% of the values' root mean")
     assert lines[2] == "Iter 75: the loss rose too far: back to the values of step 50, learning rate halved 2 times"
     assert lines[3].startswith("Iter 75: no clear gain in 50 steps: back to the values before training, learning rate")
 

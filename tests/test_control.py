@@ -78,6 +78,7 @@ def test_rates_of_any_optimizer_lead_as_far_along_a_gradient_below_its_noise() -
         ("sgd", {}),
         ("sgd", {"momentum": 0.9}),
         ("sgd", {"momentum": 0.9, "dampening": 0.9}),
+        ("sgd", {"dampening": 0.9}),  # of which MLX's takes no notice then
         ("adam", {}),
         ("lion", {"betas": [0.9, 0.9]}),
     ]:
@@ -88,7 +89,7 @@ def test_rates_of_any_optimizer_lead_as_far_along_a_gradient_below_its_noise() -
             values, state = update.apply(values, state, record, z)
         far.append(-update.point(values, state).mean().item())
     assert far[0] > 0
-    assert far == pytest.approx([far[0]] * 5, rel=0.15)
+    assert far == pytest.approx([far[0]] * 6, rel=0.15)
 
 
 def test_the_result_is_an_average_in_which_the_last_steps_count() -> None:

@@ -260,6 +260,7 @@ def test_the_rate_is_said_and_one_far_below_it_doubted(tiny: Path, choice_data: 
     origin = np.array(read_index(tiny).initial_values(), np.float64)
     assert chosen["iteration"] == 1
     assert chosen["learning_rate"] == pytest.approx(0.01 * np.sqrt(np.mean(origin**2)) / 1.09, rel=1e-5)
+    assert chosen["share"] == pytest.approx(0.01 / 1.09, rel=1e-5)
     for rate, doubts in ((chosen["learning_rate"] / 9, 0), (chosen["learning_rate"] / 11, 1)):
         events.clear()
         _train(tiny, choice_data, tmp_path / f"{rate}", report=events.append, learning_rate=rate)

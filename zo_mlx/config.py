@@ -206,22 +206,10 @@ class TrainConfig:
                 raise UsageError(f"--split {self.split} is for random directions: leave out --gradient exact")
             if self.optimizer == "sgd" and not own_rate:
                 raise UsageError("sgd with exact gradients has no automatic learning rate: give --learning-rate")
-        elif self.keep_blocks or self.spill:
-            raise UsageError("--keep-blocks and --spill are for --gradient exact")
-        if self.patience and self.val_batches == 0:
-            raise UsageError("--patience needs validations: leave out --val-batches 0")
-        if self.max_tokens and self.objective == CROSS_ENTROPY:
-            raise UsageError("--max-tokens is for answers that are scored: give --objective")
         if self.split == "model" and self.memory_limit is not None:
             raise UsageError("--memory-limit does not go with --split model: give --tokens-at-once")
         if self.num_layers == 0:
             raise UsageError("num_layers must be at least 1, or -1 for all, not 0")
-        batch = self.batch_size or _default_batch(self.gradient)
-        if self.gradient == "zo" and self.estimator == "two-sided" and self.directions and batch % self.directions:
-            raise UsageError(
-                f"--directions {self.directions}: two-sided ones have a part of the batch each, of which there are "
-                f"{batch}: give a divisor of --batch-size"
-            )
         if self.lr_schedule is not None:
             try:
                 self.lr_schedule = json.loads(json.dumps(self.lr_schedule))  # as the journal will give it back
@@ -244,6 +232,19 @@ class TrainConfig:
                 raise
             except Exception as e:  # mlx's optimizers take arguments without checking them
                 raise UsageError(f"optimizer_config is none of mlx's optimizers': {type(e).__name__}: {e}") from None
+
+    def check_together(self) -> None:
+        """Raise UsageError for settings that have no effect beside the others; of a whole run's, not of some given."""
+        batch = self.batch_size or _default_batch(self.gradient)
+        if self.gradient == "zo" and self.estimator == "two-sided" and self.directions and batch % self.directions:
+            raise UsageError(
+                f"--directions {self.directions}: two-sided ones have a part of the batch each, of which there are "
+                f"{batch}: give a divisor of --batch-size"
+            )
+        if self.gradient == "zo" and (self.keep_blocks or self.spill):
+            raise UsageError("--keep-blocks and --spill are for --gradient exact")
+        if self.max_tokens and self.objective == CROSS_ENTROPY:
+            raise UsageError("--max-tokens is for answers that are scored: give --objective")
 
 
 _MOST = 2**63 - 1  # seeds and step numbers are hashed and written as 64 bits

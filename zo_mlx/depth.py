@@ -55,11 +55,14 @@ def choose_depth(
         """Whether a step takes less work if the blocks before the trained ones, a share of all, are run apart.
 
         Else answers are generated, or the choices' rows go on from their prompts through all blocks, which for a share
-        u of the tokens takes about 1.5 u of the time (and with exact gradients less than apart, where it is done).
+        u of the tokens takes about 1.5 u of the time (and with exact gradients less than apart).
         """
         if blocks is None or (judge and judge.generates):
             return False
-        return not head.continues or (data.unshared > WORTH_SHARING if exact else trained <= 1.5 * data.unshared)
+        if not exact:
+            return not head.continues or trained <= 1.5 * data.unshared
+        shares = data.unshared <= WORTH_SHARING and head.continues and blocks.continues()
+        return bool(config.cache_prefix) or not shares
 
     last = config.num_layers
     if last is None:  # as many as learn as much in a step; but fewer only where that saves work

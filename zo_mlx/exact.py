@@ -6,6 +6,7 @@ other than the values get no gradient. This is back-propagation with a checkpoin
 arXiv 1604.06174). Where an example has several rows, these go on from their prompt, whose keys and values they share.
 """
 
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -71,9 +72,7 @@ class ExactGradient:
             The loss, and (K,) float32.
         """
         count = count or denominator([examples], False)
-        at_once = len(examples)
-        if self._tokens_at_once is not None:
-            at_once = max(1, min(at_once, int(at_once * self._tokens_at_once / layout([examples], self.continues)[0])))
+        at_once = self._examples_at_once(examples)
         self._sparse.set_values(None)
         loss, gradient = 0.0, mx.zeros(values.size)
         for start in range(0, len(examples), at_once):
@@ -87,6 +86,15 @@ class ExactGradient:
             mx.eval(gradient)
         self._sparse.set_values(None)
         return loss, gradient
+
+    def _examples_at_once(self, examples: Sequence[Example]) -> int:
+        """How many of them make no pass of more tokens than there may be."""
+        size, most = len(examples), self._tokens_at_once or math.inf
+        while size > 1 and any(
+            layout([examples[i : i + size]], self.continues)[0] > most for i in range(0, len(examples), size)
+        ):
+            size -= 1
+        return size
 
     def _at_once(self, values: mx.array, batch: Batch, count: float) -> tuple[float, mx.array]:
         def states_of(values: mx.array) -> mx.array:

@@ -10,8 +10,8 @@ from mlx.utils import tree_map
 from mlx_lm.tuner.utils import build_schedule
 
 from .config import OPTIMIZERS, TrainConfig, filled
-from .control import EXACT_SHARE, MEASURED, MOST_HALVINGS, WARMUP, Control, exact_rate
-from .estimator import Directions
+from .control import MEASURED, MOST_HALVINGS, WARMUP, Control, exact_rate
+from .estimator import Directions, root_mean_square
 from .journal import Record
 from .metric import CROSS_ENTROPY
 
@@ -40,7 +40,8 @@ def _share(name: str, arguments: dict[str, Any]) -> float:
     if name == "lion":
         b1, b2 = arguments.get("betas", (0.9, 0.99))
         return math.sqrt(math.pi / 2 * ((1 - b1) ** 2 + b1**2 * (1 - b2) / (1 + b2)))
-    return (1 - arguments.get("momentum", 0.0)) / (1 - arguments.get("dampening", 0.0))
+    momentum = arguments.get("momentum", 0.0)
+    return (1 - momentum) / (1 - arguments.get("dampening", 0.0)) if momentum else 1.0
 
 
 class Optimizer:
@@ -122,7 +123,8 @@ class Optimizer:
         if self._control is None:
             if not self._chosen or before["rule"]["step"].item():
                 return None
-            return {"event": "chosen", "learning_rate": self._chosen, "share": EXACT_SHARE, "warmup": WARMUP}
+            share = self._chosen / root_mean_square(self._origin)
+            return {"event": "chosen", "learning_rate": self._chosen, "share": share, "warmup": WARMUP}
         old, new = before["control"], after["control"]
         if new["look"].item() > old["look"].item():
             return {"event": "restarted", "steps": old["look"].item(), "halvings": new["halvings"].item()}

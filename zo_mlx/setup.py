@@ -47,6 +47,7 @@ class Setup:
     """
 
     def __init__(self, config: TrainConfig, report: Report, ranks: Ranks):
+        config.check_together()
         self.config, self.report, self.ranks = config, report, ranks
         model, data = Path(config.model), Path(config.data)
         self.sparse, self.tokenizer, index, model_config = load_sparse(
@@ -59,8 +60,9 @@ class Setup:
         features = {name: getattr(config, name) for name in FEATURES}
         splits = read_splits(config.data, SPLITS if config.test else SPLITS[:2], features, config.hf_dataset)
         if "valid" not in splits:
-            patience = ", and --patience has no effect" if config.patience else ""
-            self.warn(f"{data} has no validation set (valid.jsonl): training goes on without validation" + patience)
+            self.warn(f"{data} has no validation set (valid.jsonl): training goes on without validation")
+        if config.patience and (config.val_batches == 0 or "valid" not in splits):
+            self.warn("--patience has no effect without validations")
         self.train_set = self.tokenized(splits["train"])
         self.valid_set = self.tokenized(splits["valid"]) if "valid" in splits else None
         self.test_set = self.tokenized(splits["test"]) if config.test else None

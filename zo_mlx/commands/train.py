@@ -113,7 +113,7 @@ def _print_event(event: dict[str, Any]) -> None:
     elif event["event"] == "chosen" and "share" in event:
         line = (
             f"Iter {event['iteration']}: Learning Rate up to {event['learning_rate']:.3e} in {event['warmup']} steps, "
-            f"which moves values by {event['share']:.0%} of their root mean square, and less from then on"
+            f"{event['share']:.2%} of the values' root mean square, and less from then on"
         )
     elif event["event"] == "chosen":
         line = (
