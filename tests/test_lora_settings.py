@@ -212,7 +212,7 @@ def test_what_a_file_says_arrives(tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "home.yaml").write_text("data: ~/d\nmodel: ./m\n")
     assert read_yaml(tmp_path / "home.yaml") == {"data": str(Path.home() / "d"), "model": "./m"}
     (tmp_path / "t.yaml").write_text("learning_rate: 1e-5\n")
-    assert "learning_rate" not in read_yaml(tmp_path / "t.yaml", made_for_lora=True)  # by `--train`, a flag of LoRA's
+    assert "learning_rate" not in read_yaml(tmp_path / "t.yaml", ["train"])  # a flag of LoRA's
     assert "learning_rate 1e-05 (made for LoRA" in capsys.readouterr().err
     # With none of LoRA's own keys it is a file for zo-mlx, and its rate is meant.
     (tmp_path / "z.yaml").write_text("learning_rate: 1e-5\nrank: 8\n")

@@ -226,12 +226,12 @@ class TrainConfig:
                     if name in OPTIMIZERS:
                         rule = getattr(optim, OPTIMIZERS[name])(1e-3, **arguments)
                         rule.apply_gradients({"values": mx.ones(2)}, {"values": mx.ones(2)})
-                        for key in {"momentum", "dampening"} & arguments.keys():
-                            check_range(f"optimizer_config: {name}: {key}", arguments[key], 0, math.nextafter(1, 0))
-            except UsageError:
-                raise
             except Exception as e:  # mlx's optimizers take arguments without checking them
                 raise UsageError(f"optimizer_config is none of mlx's optimizers': {type(e).__name__}: {e}") from None
+            for name, arguments in self.optimizer_config.items():
+                for key in ("momentum", "dampening"):
+                    if name in OPTIMIZERS and key in arguments:
+                        check_range(f"optimizer_config: {name}: {key}", arguments[key], 0, math.nextafter(1, 0))
 
     def check_together(self) -> None:
         """Raise UsageError for settings that have no effect beside the others; of a whole run's, not of some given."""

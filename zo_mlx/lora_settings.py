@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,11 @@ CHECKED = ("train", "resume_adapter_file")
 RATES = ("learning_rate", "lr_schedule")
 
 
-def read_yaml(path: Path, made_for_lora: bool = False) -> dict[str, Any]:
+def read_yaml(path: Path, flags: Collection[str] = ()) -> dict[str, Any]:
     """Settings from a YAML file with mlx-lm's keys, as `understood`.
 
     Args:
-        made_for_lora: whether that is known already; else the file's keys tell.
+        flags: names of settings that are given beside it; like the file's keys, they tell whether it is made for LoRA.
 
     Raises:
         UsageError: the file is missing, not YAML, or not a mapping; or as `understood`.
@@ -54,7 +54,7 @@ def read_yaml(path: Path, made_for_lora: bool = False) -> dict[str, Any]:
     for name in ("model", "data", "adapter_path"):
         if isinstance(settings.get(name), str):
             settings[name] = expanded(settings[name])
-    made_for_lora = made_for_lora or any(key in NOT_HERE or key in CHECKED for key in content)
+    made_for_lora = any(key in NOT_HERE or key in CHECKED for key in (*content, *flags))
     return understood(settings, str(path), RATES if made_for_lora else ())
 
 
