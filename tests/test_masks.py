@@ -61,6 +61,14 @@ def test_all_weights_can_be_trained(tiny_hf: Path, choice_data: Path, tmp_path: 
     assert result.train_loss is not None
 
 
+def test_weights_chosen_without_scores_cannot_scale_directions(
+    tiny_hf: Path, choice_data: Path, tmp_path: Path
+) -> None:
+    _index(tiny_hf, tmp_path / "model", mask="random")
+    with pytest.raises(UsageError, match=r"^--precondition 0\.5: the model's index has no Fisher scores"):
+        _train(tmp_path / "model", choice_data, tmp_path / "run", precondition=0.5)
+
+
 def test_wrong_masks_are_refused(tiny_hf: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--mask must be one of sensitive, random"):
         _index(tiny_hf, tmp_path / "a", mask="best")

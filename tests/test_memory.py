@@ -1,6 +1,7 @@
 """Steps within a memory limit: the same numbers, a smaller peak."""
 
 import gc
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ from zo_mlx.rows import load_dataset
 from zo_mlx.step import make_loss, step
 
 
-@pytest.mark.parametrize("kind", ["choices", "tokens", "long choices"])
-@pytest.mark.parametrize("tokens_at_once", [1, 40, 100, 10_000])
+@pytest.mark.parametrize("kind", ["choices", "tokens", "long choices", "uneven choices"])
+@pytest.mark.parametrize("tokens_at_once", [1, 40, 100, 250, 10_000])
 def test_losses_in_parts_are_those_of_one_pass(
     tokens_at_once: int,
     kind: str,
@@ -39,39 +40,47 @@ def test_losses_in_parts_are_those_of_one_pass(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(objective, "WORTH_SHARING", 0.8)  # short prompts are shared, too
+    # Short prompts are shared, too; of the uneven ones, the longer half's alone, and those of all together.
+    monkeypatch.setattr(objective, "WORTH_SHARING", 0.45 if kind == "uneven choices" else 0.8)
     sparse, tokenizer, index, _ = load_sparse(tiny)
     file = choice_data / "train.jsonl"
     if kind == "tokens":
         texts: list[dict[str, object]] = [{"text": "a text " + "of some words " * (i % 3)} for i in range(12)]
         file = write_jsonl(tmp_path / "t.jsonl", texts)
-    if kind == "long choices":
+    continues = kind in ("long choices", "uneven choices")
+    if continues:
         choices = [" not at all", " very much so", " it may be"]
         file = write_jsonl(
             tmp_path / "l.jsonl",
-            [{"prompt": "a text " * (i % 4 + 1), "completion": choices[i % 3], "choices": choices} for i in range(12)],
+            [
+                {
+                    "prompt": "a text " * (i % 4 + 1 if kind == "long choices" else 6 if i < 6 else 12),
+                    "completion": choices[i % 3],
+                    "choices": choices,
+                }
+                for i in range(12)
+            ],
         )
     examples = load_dataset(file, tokenizer, 100).examples[:12]
     whole, passes = split_head(sparse.model), []
 
-    def hidden(tokens: mx.array, **cache: object) -> mx.array:
-        passes.append(tokens.size)
-        return whole.hidden(tokens, **cache)
+    def counted(*group: Any) -> objective.Batch:
+        batch = objective.collate(*group)
+        passes.append(batch.tokens.size + (batch.continuations.tokens.size if batch.continuations else 0))
+        return batch
 
-    continues = kind == "long choices"
-    head = Head(hidden, whole.logits, len(sparse.model.layers) if continues else None)
+    head = Head(whole.hidden, whole.logits, len(sparse.model.layers) if continues else None)
     z = Vectors(mx.random.normal((3, index.size), key=mx.random.key(0)))
     branches = TwoSided().branches(index.initial_values(), z, 0.1)
     shares = TwoSided().shares(examples, 3)
     expected = make_loss(sparse, Head(whole.hidden, whole.logits))(branches, shares)
-    passes.clear()
+    monkeypatch.setattr(sys.modules["zo_mlx.step"], "collate", counted)
     got = make_loss(sparse, head, tokens_at_once=tokens_at_once)(branches, shares)
-    assert mx.allclose(got, expected, rtol=1e-5)
+    assert mx.allclose(got, expected, rtol=1e-5, atol=1e-5)
     assert len({round(x, 5) for x in expected.tolist()}) == 6, "the losses do not depend on the values"
-    calls = 2 if continues else 1
     longest = max(layout([[e]], continues)[0] for e in examples)
-    assert max(sum(passes[i : i + calls]) for i in range(0, len(passes), calls)) <= max(tokens_at_once, longest)
-    assert len(passes) == {1: 24 * calls, 10_000: calls}.get(tokens_at_once, len(passes))
+    assert max(passes) <= max(tokens_at_once, longest)
+    assert len(passes) == {1: 24, 10_000: 1}.get(tokens_at_once, len(passes))
 
 
 @pytest.mark.parametrize("last", [6, 3])

@@ -18,7 +18,7 @@ from .blocks import BlockwiseModel
 from .data import Example
 from .files import load_safetensors, reporting_disk_errors
 from .head import Head
-from .objective import Batch, at_targets, collate, denominator, layout, states_gradient, target_states
+from .objective import Batch, at_targets, collate, denominator, layout, most_at_once, states_gradient, target_states
 from .prefix import Prefix
 from .sparse import SparseModel
 
@@ -72,10 +72,11 @@ class ExactGradient:
             The loss, and (K,) float32.
         """
         count = count or denominator([examples], False)
-        at_once = self._examples_at_once(examples)
+        size, limit = len(examples), self._tokens_at_once or math.inf
+        at_once = most_at_once(size, size, lambda part: layout([examples[part]], self.continues)[0] <= limit)
         self._sparse.set_values(None)
         loss, gradient = 0.0, mx.zeros(values.size)
-        for start in range(0, len(examples), at_once):
+        for start in range(0, size, at_once):
             own = examples[start : start + at_once]
             batch = collate([own], self.continues)
             if self._blocks:
@@ -86,15 +87,6 @@ class ExactGradient:
             mx.eval(gradient)
         self._sparse.set_values(None)
         return loss, gradient
-
-    def _examples_at_once(self, examples: Sequence[Example]) -> int:
-        """How many of them make no pass of more tokens than there may be."""
-        size, most = len(examples), self._tokens_at_once or math.inf
-        while size > 1 and any(
-            layout([examples[i : i + size]], self.continues)[0] > most for i in range(0, len(examples), size)
-        ):
-            size -= 1
-        return size
 
     def _at_once(self, values: mx.array, batch: Batch, count: float) -> tuple[float, mx.array]:
         def states_of(values: mx.array) -> mx.array:

@@ -5,7 +5,7 @@ E examples a branch, C choices, L target tokens.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -75,6 +75,17 @@ def layout(branches: Sequence[Sequence[Example]], share: bool) -> tuple[int, boo
     prompts = max(len(examples) for examples in branches) * max(e.prompt_length for b in branches for e in b)
     shared = prompts + rows * max(e.length - e.prompt_length for b in branches for e in b)
     return (shared, True) if share and shared <= WORTH_SHARING * rows * width else (rows * width, False)
+
+
+def most_at_once(size: int, most: int, fits: Callable[[slice], bool]) -> int:
+    """How many of `size` things, from 1 to `most`, may go through the model together, so that all parts fit.
+
+    A part may have more than its share of the tokens of all: what shares prompts in all need not do so in a part.
+    """
+    count = most
+    while count > 1 and not all(fits(slice(i, i + count)) for i in range(0, size, count)):
+        count -= 1
+    return count
 
 
 def collate(branches: Sequence[Sequence[Example]], share: bool = False) -> Batch:

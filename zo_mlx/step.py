@@ -15,7 +15,7 @@ from .config import TrainConfig, filled
 from .data import Example
 from .head import Head
 from .journal import Record
-from .objective import branch_losses, collate, denominator, layout, scores
+from .objective import branch_losses, collate, denominator, layout, most_at_once, scores
 from .optimizer import Optimizer, State
 from .prefix import Prefix
 from .sparse import SparseModel
@@ -67,17 +67,23 @@ def make_loss(
     def loss(branches: estimator.Branches, shares: Sequence[Sequence[Example]], count: float | None = None) -> mx.array:
         size, count = len(shares[0]), count or denominator(shares, judge is not None)
         # What lies apart goes after the others: it is to take no memory beside them.
-        at_once, examples_at_once = max(1, len(branches.offsets) if sparse.stackable else 1), size
+        at_once, own = max(1, len(branches.offsets) if sparse.stackable else 1), size
         if tokens_at_once is not None:
-            fit = tokens_at_once / tokens_of(shares, continues, judge)
-            at_once = max(1, min(at_once, int(fit)))
-            examples_at_once = max(1, min(size, int(fit * size)))
+
+            def fits(some: slice, part: slice) -> bool:
+                group = [share[part] for share in shares[some]]
+                return len(group) * tokens_of(group, continues, judge) <= tokens_at_once
+
+            at_once = most_at_once(len(shares), at_once, lambda some: fits(some, slice(size)))
+            if at_once == 1:
+                each = [slice(i, i + 1) for i in range(len(shares))]
+                own = most_at_once(size, size, lambda part: all(fits(one, part) for one in each))
         losses = []
         for start in range(0, len(branches), at_once):
             sparse.set_values(branches[start : start + at_once])
             total = mx.zeros(1)
-            for first in range(0, size, examples_at_once):
-                group = [share[first : first + examples_at_once] for share in shares[start : start + at_once]]
+            for first in range(0, size, own):
+                group = [share[first : first + own] for share in shares[start : start + at_once]]
                 total = total + part(group, count)
                 mx.eval(total)
             losses.append(total)

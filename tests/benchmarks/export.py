@@ -101,9 +101,12 @@ def measure(args: argparse.Namespace, scratch: Path) -> None:
     reference = log_probabilities(ours, prompts)
     chosen = answers(prompts, reference)
     accuracy, divergences, in_own_dtype, same = [np.mean(chosen == labels)], [], [], []
+    some = prompts[: args.own_dtype]
     for route in routes:
         if args.own_dtype:
-            in_own_dtype.append(divergence(reference, log_probabilities(stock(route), prompts[: args.own_dtype])))
+            got = log_probabilities(stock(route), some)
+            right = np.mean(answers(some, got) == labels[: len(some)])
+            in_own_dtype.append(f"{divergence(reference, got):.1e}, {right:.1%}")
         model = prepare(stock(route))
         got = log_probabilities(model, prompts)
         divergences.append(divergence(reference, got))
@@ -128,13 +131,13 @@ def measure(args: argparse.Namespace, scratch: Path) -> None:
     speeds = np.median(rates, axis=0)
     relative = np.median([np.array(r) / r[0] for r in rates], axis=0)
 
-    print(f"Accuracy on {len(prompts)} prompts; KL in the model's own dtype on {args.own_dtype} of them.")
-    print("| route | MB on disk | tokens per CPU second (of zo-mlx's) | KL | KL, own dtype | same answers | accuracy |")
+    print(f"{len(prompts)} prompts; KL and accuracy in the model's own dtype on {len(some)} of them.")
+    print("| route | MB on disk | tokens per CPU second (of zo-mlx's) | KL | own dtype | same answers | accuracy |")
     print("|---|---:|---:|---:|---:|---:|---:|")
     own = megabytes(*weights, args.model / "sensitive.safetensors", args.adapter_path / VALUES)
     print(f"| zo-mlx | {own:.1f} | {speeds[0]:.1f} | | | | {accuracy[0]:.1%} |")
     for i, route in enumerate(routes):
-        own_dtype = f"{in_own_dtype[i]:.1e}" if in_own_dtype else ""
+        own_dtype = in_own_dtype[i] if in_own_dtype else ""
         print(
             f"| {route[0]} | {route[3]:.1f} | {speeds[i + 1]:.1f} ({relative[i + 1]:.2f}) | {divergences[i]:.1e} | "
             f"{own_dtype} | {same[i]:.0%} | {accuracy[i + 1]:.1%} |"
