@@ -128,11 +128,25 @@ LORA_YAML = (
 )
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def _whole(page: Path) -> list[str]:
+    """The commands within its text that name a model; `...` is what stands in the one before."""
+    found: list[str] = []
+    for is_line, code in code_of(page):
+        if is_line or not re.match(r"(zo-mlx|mlx_lm)\S* (?=.*(--model|--hf-path|info .|memory .|fuse [.]{3}))", code):
+            continue
+        code = code.removesuffix(" ...")
+        before = next((other for other in found if other.startswith("zo-mlx fuse ")), "")
+        found.append(code.replace("zo-mlx fuse ...", before).replace("--mlx-path smollm2", "--mlx-path converted"))
+    return [code for code in found if "--export-gguf" not in code]  # its tokenizers are those of test_fuse.py
+
+
+WITHIN_TEXT = {page: found for page in PAGES if (found := _whole(page))}
+
+
+@pytest.mark.parametrize("page", WITHIN_TEXT, ids=lambda page: page.name)
 def test_commands_within_text_run(
     page: Path, tiny_hf: Path, tiny: Path, choice_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those that are whole, which name a model; `...` is what stands in the command before."""
     monkeypatch.chdir(tmp_path)
     for name in ("smollm2", "M", "CONVERTED", "MODEL", "Qwen/Qwen3-0.6B", "qwen3-4bit", "my-model", "demo/model"):
         Path(name).parent.mkdir(exist_ok=True)
@@ -145,17 +159,7 @@ def test_commands_within_text_run(
     Path("SmolLM2-135M-Instruct.Q4_1.gguf").symlink_to(tiny_hf)
     Path("wikitext2_test.txt").write_text("A text of some length, and more of it. " * 50)
     Path("lora.yaml").write_text(LORA_YAML)
-    whole = ""
-    for is_line, code in code_of(page):
-        if is_line or not re.match(r"(zo-mlx|mlx_lm)\S* (?=.*(--model|--hf-path|info .|memory .|fuse [.]{3}))", code):
-            continue
-        code = code.removesuffix(" ...").replace("--mlx-path smollm2", "--mlx-path converted")
-        if "..." in code:
-            code = code.replace("zo-mlx fuse ...", whole)
-        else:
-            whole = code
-        if "--export-gguf" in code:
-            continue  # needs a SentencePiece vocabulary; what it writes is tested in test_fuse.py
+    for code in WITHIN_TEXT[page]:
         for out in ("adapters", "OUT"):
             shutil.rmtree(out, ignore_errors=True)
         _run(code, monkeypatch)

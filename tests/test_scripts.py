@@ -22,8 +22,7 @@ import zo_mlx
 TESTS = Path(__file__).parent
 TINY = (64, 128, 2, 4, 2, 258)  # in place of each shape of tests/benchmarks/shapes.py
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-# What follows a flag or stands for itself, in place of what the pages have.
-SMALLER = {"--num-layers": "1", "--kills": "1"}
+# In place of what the pages have.
 WORDS = {"16x256": "2x16", "16x64": "2x16", "4x64": "1x16", "N": "1", "...": "smollm2"}
 # What makes a script small, or what it has to be given, besides.
 MORE = {
@@ -70,7 +69,8 @@ def here(tiny_hf: Path, spread: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 
 def _smaller(words: list[str]) -> list[str]:
     pairs = zip(["", *words], words, strict=False)
-    return [SMALLER.get(before, WORDS.get(word, word)) for before, word in pairs if word != "..." or before[:2] == "--"]
+    kept = [(before, word) for before, word in pairs if word != "..." or before[:2] == "--"]
+    return ["1" if before == "--num-layers" else WORDS.get(word, word) for before, word in kept]
 
 
 def _scripts() -> list[str]:

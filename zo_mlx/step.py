@@ -76,8 +76,8 @@ def make_loss(
 
             at_once = most_at_once(len(shares), at_once, lambda some: fits(some, slice(size)))
             if at_once == 1:
-                each = [slice(i, i + 1) for i in range(len(shares))]
-                own = most_at_once(size, size, lambda part: all(fits(one, part) for one in each))
+                each = range(len(shares))
+                own = most_at_once(size, size, lambda part: all(fits(slice(i, i + 1), part) for i in each))
         losses = []
         for start in range(0, len(branches), at_once):
             sparse.set_values(branches[start : start + at_once])

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from .errors import UsageError
 from .estimator import fisher_scale
 from .index import SensitiveIndex
 
@@ -22,22 +21,14 @@ class Trainable:
         everything: float32, the values of all weights of the index before any training.
         initial: (K,) of them, those of the trained ones.
         scale: (K,) float32 of the directions, or None.
-
-    Raises:
-        UsageError: a power of scores that the index has not: its weights were chosen without them.
     """
 
     def __init__(self, index: SensitiveIndex, spans: Sequence[tuple[int, int]], power: float):
         self._positions = mx.array(np.concatenate([np.arange(*span, dtype=np.uint32) for span in spans]))
         self.everything = index.initial_values()
         self.initial = self.of(self.everything)
-        scores = np.concatenate([tensor.scores for tensor in index.tensors.values()])
-        if power and scores.min() == scores.max():
-            raise UsageError(
-                f"--precondition {power:g}: the model's index has no Fisher scores (zo-mlx convert --mask sensitive "
-                "makes one that has)"
-            )
-        self.scale = fisher_scale(self.of(mx.array(scores)), power)
+        scores = mx.array(np.concatenate([tensor.scores for tensor in index.tensors.values()]))
+        self.scale = fisher_scale(self.of(scores), power)
 
     def of(self, values: mx.array) -> mx.array:
         """From the values of all weights of the index, those of the trained ones: (K,)."""
