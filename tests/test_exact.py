@@ -10,7 +10,7 @@ import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
-from conftest import dense_weights, write_jsonl
+from conftest import convert_tiny, dense_weights, write_jsonl
 from mlx.utils import tree_unflatten
 from test_train import FAST, _values
 
@@ -232,16 +232,20 @@ def test_a_journal_of_exact_gradients_in_numpy(tiny: Path, choice_data: Path, tm
     np.testing.assert_allclose(_values(tmp_path / "a"), values, atol=1e-6)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "lion"])
-def test_the_default_rate_rises_and_falls(optimizer: str, tiny: Path, choice_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("optimizer", "mask"), [("adam", "sensitive"), ("lion", "sensitive"), ("adam", "random")])
+def test_the_default_rate_rises_and_falls(
+    optimizer: str, mask: str, tiny_hf: Path, choice_data: Path, tmp_path: Path
+) -> None:
     """Adam (Kingma and Ba 2015, algorithm 1) and Lion (Chen et al. 2023, algorithm 2) with the learning rates of
     docs/journal.md, and its average."""
-    _train(tiny, choice_data, tmp_path / "a", iters=13, optimizer=optimizer)
-    origin = np.array(read_index(tiny).initial_values(), np.float64)
+    model = convert_tiny(tiny_hf, tmp_path / "model", mask=mask)
+    _train(model, choice_data, tmp_path / "a", iters=13, optimizer=optimizer)
+    origin = np.array(read_index(model).initial_values(), np.float64)
     points, first, second = [origin], 0.0, 0.0
     for record in Journal.read(tmp_path / "a/journal").records():
         g, t = record.projected.astype(np.float64), record.step
-        rate = 0.01 * min(t / 10, 1) / (1 + (t - 1) / 100) * np.sqrt(np.mean(origin**2))
+        share = 0.05 if mask == "random" else 0.01
+        rate = share * min(t / 10, 1) / (1 + (t - 1) / 100) * np.sqrt(np.mean(origin**2))
         if optimizer == "adam":
             first, second = 0.9 * first + 0.1 * g, 0.999 * second + 0.001 * g**2
             points.append(points[-1] - rate * (first / (1 - 0.9**t)) / (np.sqrt(second / (1 - 0.999**t)) + 1e-8))
@@ -251,6 +255,8 @@ def test_the_default_rate_rises_and_falls(optimizer: str, tiny: Path, choice_dat
             first = 0.99 * first + 0.01 * g
     values = np.average(points[1:], axis=0, weights=[math.comb(i + 3, 4) for i in range(1, 14)])
     np.testing.assert_allclose(_values(tmp_path / "a"), values, atol=1e-4 * np.abs(values - origin).max())
+    zo_mlx.replay(model, tmp_path / "a", tmp_path / "again")
+    assert (_values(tmp_path / "again") == _values(tmp_path / "a")).all()
 
 
 def test_the_rate_is_said_and_one_far_below_it_doubted(tiny: Path, choice_data: Path, tmp_path: Path) -> None:

@@ -32,8 +32,9 @@ FARTHEST = 0.5
 # Of what such branches change, this share is a score's counterpart to NATS: how far out they lie is no longer small.
 SCORE_SHARE = 0.1
 # With exact gradients, a step moves each value by about this share of their root mean square, which the first steps
-# work up to: gradients are largest then, and agree, and Adam's estimates are of a few of them.
-EXACT_SHARE, WARMUP = 0.01, 10
+# work up to: gradients are largest then, and agree, and Adam's estimates are of a few of them. The loss depends less on
+# weights chosen at random, which bear a larger share, and learn little with the other.
+EXACT_SHARE, RANDOM_SHARE, WARMUP = 0.01, 0.05, 10
 # Slopes count for at most this many times the root of the mean square of those before.
 OUTLIER = 5.0
 # Losses are averaged over this many steps. An average above the lowest one by a quarter of it, and by this many
@@ -53,9 +54,9 @@ def exact_rate(origin: mx.array, share: float) -> Callable[[mx.array], mx.array]
 
     Args:
         origin: (K,) the values before the first step; a step moves them by a share of their root mean square.
-        share: of the rates that are Adam's.
+        share: how large, before the rates fall.
     """
-    highest = share * EXACT_SHARE * root_mean_square(origin)
+    highest = share * root_mean_square(origin)
     return lambda step: highest * mx.minimum((step + 1) / WARMUP, 1) / (1 + step / SLOWING)
 
 

@@ -10,7 +10,7 @@ from mlx.utils import tree_map
 from mlx_lm.tuner.utils import build_schedule
 
 from .config import OPTIMIZERS, TrainConfig, filled
-from .control import MEASURED, MOST_HALVINGS, WARMUP, Control, exact_rate
+from .control import EXACT_SHARE, MEASURED, MOST_HALVINGS, RANDOM_SHARE, WARMUP, Control, exact_rate
 from .estimator import Directions, root_mean_square
 from .journal import Record
 from .metric import CROSS_ENTROPY
@@ -55,12 +55,13 @@ class Optimizer:
         config: resolved; optimizer, its arguments, epsilon and the schedule of learning rates are read. Without a
             schedule, `Control` chooses the rates, or for exact gradients `exact_rate`.
         origin: (K,) float32, the values before the first step.
+        at_random: whether they are of weights chosen at random.
 
     Attributes:
         state: before the first step.
     """
 
-    def __init__(self, config: TrainConfig, origin: mx.array):
+    def __init__(self, config: TrainConfig, origin: mx.array, at_random: bool = False):
         name = filled(config.optimizer)
         arguments = (config.optimizer_config or {}).get(name, {})
         self._share = _share(name, arguments)
@@ -71,7 +72,7 @@ class Optimizer:
         # The highest of the rates chosen for exact gradients, and of those that would be in place of the user's own.
         self._chosen = self._would_be = 0.0
         if config.gradient == "exact" and name in SCALE_FREE:
-            rates = exact_rate(origin, self._share)
+            rates = exact_rate(origin, self._share * (RANDOM_SHARE if at_random else EXACT_SHARE))
             highest = float(rates(mx.array(WARMUP - 1)))
             if schedule is None:
                 schedule, self._chosen = rates, highest

@@ -63,7 +63,7 @@ def replay(
     if past.spans[-1][1] > index.size:
         raise UsageError(f"{past.path} is damaged: it is of more weights than the index's {index.size}")
     trainable = Trainable(index, past.spans, config.precondition)
-    optimizer = Optimizer(config, trainable.initial)
+    optimizer = Optimizer(config, trainable.initial, trainable.at_random)
 
     started = time.perf_counter()
     with bounded_cache(), Progress("Replaying", steps, "step", progress) as bar:

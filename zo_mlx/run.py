@@ -36,7 +36,7 @@ class Run(Setup):
         super().__init__(config, report if ranks.is_first else lambda event: None, ranks)
         self.progress, self.directory = progress and ranks.is_first, ranks.directory(Path(config.adapter_path))
         self.values = self.trainable.initial
-        self.optimizer = Optimizer(self.config, self.values)
+        self.optimizer = Optimizer(self.config, self.values, self.trainable.at_random)
         self.state = self.optimizer.state
         self.done = 0
         self.is_smaller = False  # whether passes had to be made smaller

@@ -21,6 +21,7 @@ class Trainable:
         everything: float32, the values of all weights of the index before any training.
         initial: (K,) of them, those of the trained ones.
         scale: (K,) float32 of the directions, or None.
+        at_random: whether the weights of the index were chosen at random.
     """
 
     def __init__(self, index: SensitiveIndex, spans: Sequence[tuple[int, int]], power: float):
@@ -29,6 +30,7 @@ class Trainable:
         self.initial = self.of(self.everything)
         scores = mx.array(np.concatenate([tensor.scores for tensor in index.tensors.values()]))
         self.scale = fisher_scale(self.of(scores), power)
+        self.at_random = index.metadata.get("mask") == "random"
 
     def of(self, values: mx.array) -> mx.array:
         """From the values of all weights of the index, those of the trained ones: (K,)."""
