@@ -45,6 +45,11 @@ class SensitiveIndex:
     metadata: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def mask(self) -> str:
+        """How its weights were chosen, as `convert` takes it."""
+        return str(self.metadata.get("mask", "sensitive"))
+
+    @property
     def size(self) -> int:
         """K, the number of trainable weights."""
         return sum(t.size for t in self.tensors.values())

@@ -100,9 +100,9 @@ class Setup:
         self.batches = Batches(self.train_set.examples, self.batch_size, config.seed)
         everything = index.initial_values()
         self.depth = choose_depth(config, self.sparse, self.head, self.judge, self.train_set, everything, self.warn)
-        if config.precondition and (mask := index.metadata.get("mask", "sensitive")) != "sensitive":
-            given = f"--precondition {config.precondition:g}"
-            raise UsageError(f"{given}: the model's index has no Fisher scores: its weights are those of --mask {mask}")
+        if config.precondition and index.mask != "sensitive":
+            why = f"the model's index has no Fisher scores: its weights are those of --mask {index.mask}"
+            raise UsageError(f"--precondition {config.precondition:g}: {why}")
         self.trainable = Trainable(index, self.depth.spans, config.precondition)
         if config.memory_limit is not None and config.tokens_at_once is None:
             self.fit(int(config.memory_limit * 1e9))

@@ -30,7 +30,7 @@ class Trainable:
         self.initial = self.of(self.everything)
         scores = mx.array(np.concatenate([tensor.scores for tensor in index.tensors.values()]))
         self.scale = fisher_scale(self.of(scores), power)
-        self.at_random = index.metadata.get("mask") == "random"
+        self.at_random = index.mask == "random"
 
     def of(self, values: mx.array) -> mx.array:
         """From the values of all weights of the index, those of the trained ones: (K,)."""
