@@ -10,8 +10,9 @@ from mlx.utils import tree_map
 from mlx_lm.tuner.utils import build_schedule
 
 from .config import OPTIMIZERS, TrainConfig, filled
-from .control import EXACT_SHARE, MEASURED, MOST_HALVINGS, RANDOM_SHARE, WARMUP, Control, exact_rate
+from .control import EXACT_SHARE, MEASURED, RANDOM_SHARE, WARMUP, Control, exact_rate
 from .estimator import Directions, root_mean_square
+from .guard import Guard
 from .journal import Record
 from .metric import CROSS_ENTROPY
 
@@ -53,7 +54,7 @@ class Optimizer:
 
     Args:
         config: resolved; optimizer, its arguments, epsilon and the schedule of learning rates are read. Without a
-            schedule, `Control` chooses the rates, or for exact gradients `exact_rate`.
+            schedule, `Control` chooses the rates, or for exact gradients `exact_rate`, and a `Guard` watches over them.
         origin: (K,) float32, the values before the first step.
         at_random: whether they are of weights chosen at random.
 
@@ -69,35 +70,33 @@ class Optimizer:
         if name in ("adam", "adamw") and (config.gradient == "exact" or schedule is None):
             # Without it their first steps are longer than the rates say: three times the very first, and more after it.
             arguments = {"bias_correction": True, **arguments}
-        # The highest of the rates chosen for exact gradients, and of those that would be in place of the user's own.
-        self._chosen = self._would_be = 0.0
-        if config.gradient == "exact" and name in SCALE_FREE:
-            rates = exact_rate(origin, self._share * (RANDOM_SHARE if at_random else EXACT_SHARE))
-            highest = float(rates(mx.array(WARMUP - 1)))
-            if schedule is None:
-                schedule, self._chosen = rates, highest
-            else:
-                self._would_be = highest
+        is_exact, is_chosen = config.gradient == "exact", schedule is None
+        # Of exact gradients: the rate that the chosen ones work up to, and the highest of those that would be chosen.
+        self._full = self._would_be = 0.0
+        if is_exact and name in SCALE_FREE:
+            self._full = self._share * (RANDOM_SHARE if at_random else EXACT_SHARE) * root_mean_square(origin)
+            self._would_be = 0.0 if is_chosen else exact_rate(self._full, WARMUP, WARMUP - 1)
         self._rule: optim.Optimizer = getattr(optim, OPTIMIZERS[name])(schedule or 0.0, **arguments)
         self._rule.init({"values": origin})
         self._origin = origin
         own = None if config.epsilon == "auto" else float(config.epsilon)
         jumps = config.objective != CROSS_ENTROPY
-        compares = config.estimator == "one-sided" and not jumps
-        self._control = Control(origin, jumps, own, compares) if schedule is None else None
+        compares = config.estimator == "one-sided" and not jumps and not is_exact
+        self._control = Control(jumps, own) if is_chosen and not is_exact else None
+        self._guard = Guard(origin, jumps, compares) if is_chosen else None
         self._scale_free = name in SCALE_FREE
         self._epsilon = GIVEN_EPSILON if own is None and self._control is None else own
         # Only to see what it would choose in place of the user's own rates.
-        watching = schedule is not None and config.gradient == "zo" and config.objective == CROSS_ENTROPY
-        self._watch = Control(origin) if watching else None
+        watching = not (is_chosen or is_exact or jumps)
+        self._watch = Control() if watching else None
         self._watched = self._watch.state if self._watch else {}
         steps = mx.array(np.linspace(0, config.iters, 101, dtype=int))
         self._highest = max(float(schedule(step)) for step in steps) if schedule else 0.0
         self.state: State = {"rule": self._rule.state}
-        if config.lr_schedule is None:
-            self.state["point"] = origin
         if self._control:
             self.state["control"] = self._control.state
+        if self._guard:
+            self.state |= {"guard": self._guard.state, "point": origin}
 
     def learning_rate(self, state: State) -> float:
         """Of the last step."""
@@ -109,7 +108,7 @@ class Optimizer:
 
     def compared_with(self, state: State) -> mx.array | None:
         """(K,) where the next step's examples are to be evaluated as well, to see what has been gained on them."""
-        return self._origin if self._control and self._control.compares(state["control"]) else None
+        return self._origin if self._guard and self._guard.compares(state["guard"]) else None
 
     def epsilon(self, state: State) -> float:
         """How far the next step's branches are to lie from the values."""
@@ -117,27 +116,32 @@ class Optimizer:
 
     def can_go_on(self, state: State) -> bool:
         """Whether a step whose losses are not finite is no reason to stop: it led back to earlier values."""
-        return self._control is not None and state["control"]["halvings"].item() <= MOST_HALVINGS
+        return self._guard is not None and not self._guard.is_exhausted(state["guard"])
 
     def news(self, before: State, after: State) -> dict[str, Any] | None:
         """What a step decided for the steps to come, for the log: as an event, or None."""
-        if self._control is None:
-            if not self._chosen or before["rule"]["step"].item():
-                return None
-            share = self._chosen / root_mean_square(self._origin)
-            return {"event": "chosen", "learning_rate": self._chosen, "share": share, "warmup": WARMUP}
-        old, new = before["control"], after["control"]
+        if self._guard is None:
+            return None
+        old, new = before["guard"], after["guard"]
+        halvings = new["halvings"].item()
         if new["look"].item() > old["look"].item():
-            return {"event": "restarted", "steps": old["look"].item(), "halvings": new["halvings"].item()}
-        if new["halvings"].item() > old["halvings"].item():
-            return {"event": "returned", "step": new["good_step"].item(), "halvings": new["halvings"].item()}
-        if old["seen"].item() < MEASURED <= new["seen"].item():
+            return {"event": "restarted", "steps": old["look"].item(), "halvings": halvings}
+        if halvings > old["halvings"].item():
+            return {"event": "returned", "step": new["good_step"].item(), "halvings": halvings}
+        if self._control is None:
+            if halvings or before["rule"]["step"].item():
+                return None
+            highest = exact_rate(self._full, WARMUP, WARMUP - 1)
+            share = highest / root_mean_square(self._origin)
+            return {"event": "chosen", "learning_rate": highest, "share": share, "warmup": WARMUP}
+        if before["control"]["seen"].item() < MEASURED <= after["control"]["seen"].item():
+            control = after["control"]
             return {
                 "event": "chosen",
                 "learning_rate": self.learning_rate(after),
                 "epsilon": self.epsilon(after),
-                "slope": math.sqrt(new["mean_square"].item()),
-                "directions": new["seen"].item(),
+                "slope": math.sqrt(control["mean_square"].item()),
+                "directions": control["seen"].item(),
             }
         return None
 
@@ -167,15 +171,18 @@ class Optimizer:
         """
         slopes, new = record.projected, {}
         self._rule.state = tree_map(lambda leaf: leaf, state["rule"])
-        if self._control:
-            slopes, control = self._control.observe(state["control"], record)
-            rate = self._control.learning_rate(control, record, self._scale_free)
-            self._rule.state["learning_rate"] = mx.array(self._share * rate)
+        if self._guard:
+            if self._control:
+                slopes, new["control"] = self._control.observe(state["control"], record)
+                rate = self._share * self._control.learning_rate(new["control"], record, self._scale_free)
+            else:
+                rate = exact_rate(self._full, record.step, state["rule"]["step"].item())
+            self._rule.state["learning_rate"] = mx.array(self._guard.halved(rate, state["guard"]))
         gradient = mx.array(slopes) if directions is None else directions.mean(slopes)
         away = self.point(values, state) - self._origin
         point = self._origin + self._rule.apply_gradients({"values": gradient}, {"values": away})["values"]
-        if self._control:
-            point, new["control"], back = self._control.settle(control, record, point)
+        if self._guard:
+            point, new["guard"], back = self._guard.settle(state["guard"], record, point)
             if back:  # what was gathered on the way to an explosion is of no use
                 self._rule.state, values = tree_map(lambda leaf: leaf, self.state["rule"]), point
         if "point" in state:

@@ -25,8 +25,9 @@ import numpy as np
 
 from zo_mlx.batches import batch_order
 from zo_mlx.config import RATE_FALL
-from zo_mlx.control import MEASURED, WINDOW, sgd_rate
+from zo_mlx.control import MEASURED, sgd_rate
 from zo_mlx.data import Example
+from zo_mlx.guard import WINDOW
 from zo_mlx.head import split_head
 from zo_mlx.memory import bounded_cache
 from zo_mlx.model import load_sparse
