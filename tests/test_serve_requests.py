@@ -88,7 +88,9 @@ def test_odd_values_are_refused_by_name(body: dict[str, Any], problem: str, serv
         (b"[" * 100_000, None, "recursion"),
         (b'{"max_tokens": ' + b"9" * 5000 + b"}", None, "integer"),
         (b"{}", "-5", "Content-Length"),
-        (b"{}", "1" + "0" * 30, "int"),
+        (b"{}", "+67108865", "Content-Length must be from 0 to 67108864"),
+        (b"{}", "1" + "0" * 30, "Content-Length"),
+        (b"{}", "two", "'two'"),
     ],
 )
 def test_what_is_no_json_is_refused(data: bytes, length: str | None, problem: str, server: str, expected: str) -> None:

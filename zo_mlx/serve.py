@@ -35,6 +35,8 @@ NUMBERS = (
     *(f"{kind}_{what}" for kind in ("repetition", "presence", "frequency") for what in ("penalty", "context_size")),
 )
 LARGEST = 2**31 - 1
+# Bytes of a request, which memory is taken for as soon as it says how many there are: more than any context has.
+LONGEST = 64 << 20
 # How a chat template is applied, as opposed to the variables that it has: with some of these, there is no prompt left.
 APPLYING = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys() - {"documents"}
 
@@ -177,8 +179,8 @@ class Handler(APIHandler):  # type: ignore[misc]
 
     def do_POST(self) -> None:
         try:
-            if self.headers.get("Content-Length", "").startswith("-"):
-                raise ValueError("Content-Length must not be negative")
+            if not 0 <= int(self.headers.get("Content-Length", 0)) <= LONGEST:
+                raise ValueError(f"Content-Length must be from 0 to {LONGEST}")
             super().do_POST()
         except Exception as e:
             if self._begun:
