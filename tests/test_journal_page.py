@@ -119,10 +119,10 @@ def replay(found: Found, model: Path) -> np.ndarray:
         if finite:
             count, total, squares = (float(w) + add for w, add in zip(window, (1, loss, loss**2), strict=True))
             window = [F(count), F(total), F(squares)]
-            if count == 25:
-                mean = total / 25
-                variance = max(0.0, squares / 25 - mean * mean)
-                margin = max(abs(float(lowest)) / 4, 8 * math.sqrt(float(spread) / 25))
+            if count == (10 if lowest == F(3.4028235e38) else 25):
+                mean = total / count
+                variance = max(0.0, squares / count - mean * mean) / count
+                margin = max(abs(float(lowest)) / 4, 6 * math.sqrt(float(spread) + variance))
                 back = mean > float(lowest) + margin
                 if not back and mean < float(lowest):
                     lowest, spread, good = F(mean), F(variance), point

@@ -42,14 +42,14 @@ def sgd_rate(square: float, directions: int, step: int, nats: float = NATS) -> f
     return nats * directions / square / (1 + (step - 1) / SLOWING)
 
 
-def exact_rate(full: float, step: int, gathered: int) -> float:
+def exact_rate(full: float, step: int, since: int) -> float:
     """Of a step (from 1) with exact gradients, for an optimizer that divides by their size.
 
     Args:
         full: the rate before it falls, where nothing has to be worked up to.
-        gathered: how many steps the optimizer's estimates have seen before this one.
+        since: of how many steps, with this one, the optimizer's estimates are.
     """
-    return full * min((gathered + 1) / WARMUP, 1) / (1 + (step - 1) / SLOWING)
+    return full * min(since / WARMUP, 1) / (1 + (step - 1) / SLOWING)
 
 
 class Control:

@@ -13,11 +13,14 @@ from .journal import Record
 
 State = dict[str, Any]
 
-# Losses are averaged over this many steps. An average above the lowest one by a quarter of it, and by this many
-# standard errors, is an explosion.
-WINDOW, ERRORS = 25, 8.0
+# Losses are averaged over the first steps, and then over this many. An average above the lowest one by a quarter of
+# it, and by this many standard errors of their difference, is an explosion.
+FIRST, WINDOW, ERRORS = 10, 25, 6.0
 # Halved this often, a rate does not move anything any more.
 MOST_HALVINGS = 10
+
+
+_NONE = float(np.finfo(np.float32).max)
 
 
 class Guard:
@@ -25,19 +28,18 @@ class Guard:
 
     Args:
         values: (K,) float32, before the first step.
-        jumps: whether the objective is one that only changes by jumps, as scores of answers do.
         compares: whether a step's examples are to be evaluated at the first values, too, until something is gained.
 
     Attributes:
         state: before the first step. `good` holds values to go back to, `good_step` when they were reached.
     """
 
-    def __init__(self, values: mx.array, jumps: bool = False, compares: bool = False):
-        self._jumps = jumps
+    def __init__(self, values: mx.array, compares: bool = False):
         self.state: State = {
             "halvings": mx.array(0),
+            "back_at": mx.array(0),  # the last step that went back
             "window": mx.zeros(3),  # of losses: how many, their sum, and the sum of their squares
-            "lowest": mx.array([float(np.finfo(np.float32).max), 0.0]),  # of the windows: mean, and its variance
+            "lowest": mx.array([_NONE, 0.0]),  # of the windows' means, and its variance
             "good": values,
             "good_step": mx.array(0),
             "look": mx.array(WINDOW if compares else 0),  # steps after which the next look at what is gained ends
@@ -52,6 +54,10 @@ class Guard:
         """A learning rate that was chosen, after what happened so far."""
         return rate * 0.5 ** int(state["halvings"].item())
 
+    def steps_since(self, state: State, step: int) -> int:
+        """How many steps, up to this one (from 1), there are from the beginning or since the last that went back."""
+        return step - int(state["back_at"].item())
+
     def is_exhausted(self, state: State) -> bool:
         """Whether going back once more would be of no use."""
         return int(state["halvings"].item()) > MOST_HALVINGS
@@ -63,25 +69,24 @@ class Guard:
             values: (K,) after the step.
         """
         if not record.is_finite:
-            return self._back(state)
+            return self._back(state, record)
         count, total, squares = state["window"].tolist()
         count, total, squares = count + 1, total + record.loss, squares + record.loss**2
-        if count < WINDOW:
+        lowest, variance_then = state["lowest"].tolist()
+        if count < (FIRST if lowest == _NONE else WINDOW):
             return self._look({**state, "window": mx.array([count, total, squares])}, record, values)
         mean = total / count
-        variance = max(0.0, squares / count - mean * mean)
-        lowest, variance_then = state["lowest"].tolist()
-        # A score may have been the same throughout the lowest window: then only what it does now says how it varies.
-        spread = variance_then + (variance if self._jumps else 0.0)
-        if mean > lowest + max(abs(lowest) / 4, ERRORS * math.sqrt(spread / WINDOW)):
-            return self._back(state)
+        # The lowest window may have been a lucky one, of no hard examples: what varies is to be seen in this one, too.
+        variance = max(0.0, squares / count - mean * mean) / count
+        if mean > lowest + max(abs(lowest) / 4, ERRORS * math.sqrt(variance_then + variance)):
+            return self._back(state, record)
         new = {**state, "window": mx.zeros(3)}
         if mean < lowest:
             new |= {"lowest": mx.array([mean, variance]), "good": values, "good_step": mx.array(record.step)}
         return self._look(new, record, values)
 
-    def _back(self, state: State) -> tuple[mx.array, State, bool]:
-        anew = {"window": mx.zeros(3), "gains": mx.zeros(3)}
+    def _back(self, state: State, record: Record) -> tuple[mx.array, State, bool]:
+        anew = {"window": mx.zeros(3), "gains": mx.zeros(3), "back_at": mx.array(record.step)}
         return state["good"], {**state, **anew, "halvings": state["halvings"] + 1}, True
 
     def _look(self, state: State, record: Record, values: mx.array) -> tuple[mx.array, State, bool]:
@@ -106,4 +111,4 @@ class Guard:
         if mean > error:
             return values, {**state, "gains": mx.zeros(3), "look": mx.array(0)}, False
         first = {name: self.state[name] for name in ("lowest", "good", "good_step")}
-        return self._back({**state, **first, "look": mx.array(2 * length)})
+        return self._back({**state, **first, "look": mx.array(2 * length)}, record)

@@ -71,11 +71,12 @@ class Optimizer:
             # Without it their first steps are longer than the rates say: three times the very first, and more after it.
             arguments = {"bias_correction": True, **arguments}
         is_exact, is_chosen = config.gradient == "exact", schedule is None
-        # Of exact gradients: the rate that the chosen ones work up to, and the highest of those that would be chosen.
-        self._full = self._would_be = 0.0
-        if is_exact and name in SCALE_FREE:
-            self._full = self._share * (RANDOM_SHARE if at_random else EXACT_SHARE) * root_mean_square(origin)
-            self._would_be = 0.0 if is_chosen else exact_rate(self._full, WARMUP, WARMUP - 1)
+        # With exact gradients, what a step moves the values by, as a share of their root mean square.
+        self._moves = self._share * (RANDOM_SHARE if at_random else EXACT_SHARE)
+        self._size = root_mean_square(origin)
+        # The highest of the rates that would be in place of the user's own.
+        doubts = is_exact and not is_chosen and name in SCALE_FREE
+        self._would_be = exact_rate(self._moves * self._size, WARMUP, WARMUP) if doubts else 0.0
         self._rule: optim.Optimizer = getattr(optim, OPTIMIZERS[name])(schedule or 0.0, **arguments)
         self._rule.init({"values": origin})
         self._origin = origin
@@ -83,7 +84,7 @@ class Optimizer:
         jumps = config.objective != CROSS_ENTROPY
         compares = config.estimator == "one-sided" and not jumps and not is_exact
         self._control = Control(jumps, own) if is_chosen and not is_exact else None
-        self._guard = Guard(origin, jumps, compares) if is_chosen else None
+        self._guard = Guard(origin, compares) if is_chosen else None
         self._scale_free = name in SCALE_FREE
         self._epsilon = GIVEN_EPSILON if own is None and self._control is None else own
         # Only to see what it would choose in place of the user's own rates.
@@ -122,19 +123,16 @@ class Optimizer:
         """What a step decided for the steps to come, for the log: as an event, or None."""
         if self._guard is None:
             return None
+        if self._control is None and before["guard"]["back_at"].item() == before["rule"]["step"].item() == 0:
+            share = exact_rate(self._moves, WARMUP, WARMUP)
+            return {"event": "chosen", "learning_rate": share * self._size, "share": share, "warmup": WARMUP}
         old, new = before["guard"], after["guard"]
         halvings = new["halvings"].item()
         if new["look"].item() > old["look"].item():
             return {"event": "restarted", "steps": old["look"].item(), "halvings": halvings}
         if halvings > old["halvings"].item():
             return {"event": "returned", "step": new["good_step"].item(), "halvings": halvings}
-        if self._control is None:
-            if halvings or before["rule"]["step"].item():
-                return None
-            highest = exact_rate(self._full, WARMUP, WARMUP - 1)
-            share = highest / root_mean_square(self._origin)
-            return {"event": "chosen", "learning_rate": highest, "share": share, "warmup": WARMUP}
-        if before["control"]["seen"].item() < MEASURED <= after["control"]["seen"].item():
+        if self._control and before["control"]["seen"].item() < MEASURED <= after["control"]["seen"].item():
             control = after["control"]
             return {
                 "event": "chosen",
@@ -176,7 +174,8 @@ class Optimizer:
                 slopes, new["control"] = self._control.observe(state["control"], record)
                 rate = self._share * self._control.learning_rate(new["control"], record, self._scale_free)
             else:
-                rate = exact_rate(self._full, record.step, state["rule"]["step"].item())
+                since = self._guard.steps_since(state["guard"], record.step)
+                rate = exact_rate(self._moves * self._size, record.step, since)
             self._rule.state["learning_rate"] = mx.array(self._guard.halved(rate, state["guard"]))
         gradient = mx.array(slopes) if directions is None else directions.mean(slopes)
         away = self.point(values, state) - self._origin
@@ -184,7 +183,8 @@ class Optimizer:
         if self._guard:
             point, new["guard"], back = self._guard.settle(state["guard"], record, point)
             if back:  # what was gathered on the way to an explosion is of no use
-                self._rule.state, values = tree_map(lambda leaf: leaf, self.state["rule"]), point
+                last = self._rule.state["learning_rate"]
+                self._rule.state, values = {**self.state["rule"], "learning_rate": last}, point
         if "point" in state:
             new["point"] = point
             values = values + (1 + ETA) / (record.step + ETA) * (point - values)

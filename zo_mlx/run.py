@@ -122,9 +122,12 @@ class Run(Setup):
                 if not (is_shortage(e) and self.make_smaller(examples, f"step {number} fails: {e}")):
                     raise
         if not (mx.isfinite(values).all() and (record.is_finite or self.optimizer.can_go_on(state))):
+            advice = (
+                "Try a smaller --learning-rate" if self.config.lr_schedule else "Halving the learning rate was no use"
+            )
             raise ZoError(
                 f"the loss is not finite at step {number}: stopped; the state after step {self.done} "
-                f"is kept in {self.directory}. Try a smaller --learning-rate"
+                f"is kept in {self.directory}. {advice}"
             )
         if self.split.tokens_at_once:  # another rank may have had to make its passes smaller
             self.let_through(self.split.tokens_at_once)

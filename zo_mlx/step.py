@@ -151,10 +151,10 @@ def exact_step(
     examples: Sequence[Example],
     number: int,
 ) -> tuple[mx.array, State, Record]:
-    """`step` with the exact gradient, which is rounded to bfloat16: the record holds the slope along each value."""
+    """`step` with the exact gradient, rounded to bfloat16 as the loss is to float32: the record holds what it uses."""
     loss, exact = gradient(optimizer.point(values, state), examples)
     rounded = exact.astype(mx.bfloat16).astype(mx.float32)
-    record = Record(number, loss, np.array(rounded))
+    record = Record(number, float(np.float32(loss)), np.array(rounded))
     return *optimizer.apply(values, state, record), record
 
 
