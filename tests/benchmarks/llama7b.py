@@ -19,6 +19,7 @@ from pathlib import Path
 
 import mlx.core as mx
 from memory import examples_of
+from mlx.utils import tree_map
 from shapes import make_quantized_model
 
 from zo_mlx.blocks import BlockwiseModel
@@ -42,6 +43,9 @@ def train_one_step(path: Path, rows: int, length: int, memory_limit: float | Non
     settings = resolved(TrainConfig(batch_size=rows, estimator="two-sided", gradient=gradient))
     limit, fit = None if memory_limit is None else int(memory_limit * 1e9), settings.tokens_at_once
     optimizer = Optimizer(settings, values)
+    # As later in a run, where the values, and those that the state holds, are no longer those before the first step.
+    values, state = tree_map(lambda leaf: leaf + 0, (values, optimizer.state))
+    mx.eval(values, state)
     blocks = BlockwiseModel(sparse.model) if gradient == "exact" else None
     if blocks and limit:
         fit = exact_tokens_that_fit(limit, ExactGradient(sparse, head, blocks), values, examples)[0]
@@ -51,10 +55,10 @@ def train_one_step(path: Path, rows: int, length: int, memory_limit: float | Non
     with held_below(None if limit is None else with_margin(limit)):
         if blocks:
             exact = ExactGradient(sparse, head, blocks, tokens_at_once=fit)
-            exact_step(exact, optimizer, values, optimizer.state, examples, 1)
+            exact_step(exact, optimizer, values, state, examples, 1)
         else:
             loss = make_loss(sparse, head, tokens_at_once=fit)
-            step(loss, optimizer, values, optimizer.state, examples, 1, settings)
+            step(loss, optimizer, values, state, examples, 1, settings)
     seconds = time.perf_counter() - started
     peak = next(int(x.split()[1]) * 1024 for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x)
     bytes_of = {"process": peak, "mlx": mx.get_peak_memory(), "weights": weights}
