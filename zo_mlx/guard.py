@@ -18,8 +18,7 @@ State = dict[str, Any]
 FIRST, WINDOW, ERRORS = 10, 25, 6.0
 # Halved this often, a rate does not move anything any more.
 MOST_HALVINGS = 10
-
-
+# The lowest mean, as long as there is none.
 _NONE = float(np.finfo(np.float32).max)
 
 
