@@ -73,7 +73,7 @@ class Optimizer:
         is_exact, is_chosen = config.gradient == "exact", schedule is None
         # With exact gradients, what a step moves the values by, as a share of their root mean square.
         self._moves = self._share * (RANDOM_SHARE if at_random else EXACT_SHARE)
-        self._size = root_mean_square(origin)
+        self._size = root_mean_square(origin) if is_exact else 0.0
         # The highest of the rates that would be in place of the user's own.
         doubts = is_exact and not is_chosen and name in SCALE_FREE
         self._would_be = exact_rate(self._moves * self._size, WARMUP, WARMUP) if doubts else 0.0
