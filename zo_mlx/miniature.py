@@ -13,7 +13,7 @@ from functools import cache
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten
 from mlx_lm.tuner.trainer import default_loss
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
@@ -66,9 +66,7 @@ class Steps:
         self._trainable = Trainable(index, sparse.train_last(self.trained, index.initial_values()), 0.0)
         self._optimizer = Optimizer(resolved(config), self._trainable.initial)
         self._at_once = resolved(replace(config, memory_limit=None)).tokens_at_once
-        # Later on, the values and those that the optimizer's state holds are no longer the same arrays.
-        self._values, self._state = tree_map(lambda leaf: leaf + 0, (self._trainable.initial, self._optimizer.state))
-        mx.eval(self._trainable.initial, self._values, self._state)
+        mx.eval(self._trainable.initial, self._optimizer.state)
 
     def together(self, rows: int, tokens: int) -> int:
         """How many of so many examples go through the model at once."""
@@ -90,7 +88,7 @@ class Steps:
         """
         directions = 1 if least else self._config.directions  # branches come after each other then
         config = resolved(replace(self._config, batch_size=rows, directions=directions))
-        values, state, optimizer = self._values, self._state, self._optimizer
+        values, optimizer = self._trainable.initial, self._optimizer
         at_once = 1 if least else self._at_once
         has_prefix = self.trained < len(self.blocks.blocks)
         steps = rows_of_step(config) // rows if has_prefix and not least else 1
@@ -103,10 +101,10 @@ class Steps:
                 prefix.prepare(examples)
             if config.gradient == "exact":
                 gradient = ExactGradient(self._sparse, self.head, self.blocks, prefix, at_once, spill=least)
-                taken = exact_step(gradient, optimizer, values, state, examples[:rows], 1)
+                taken = exact_step(gradient, optimizer, values, optimizer.state, examples[:rows], 1)
             else:
                 loss = make_loss(self._sparse, self.head, prefix, at_once)
-                taken = step(loss, optimizer, values, state, examples[:rows], 1, config)
+                taken = step(loss, optimizer, values, optimizer.state, examples[:rows], 1, config)
             mx.eval(taken[:2])
 
         return run
