@@ -20,6 +20,7 @@ import math
 import statistics
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,15 @@ CONVERSION = ("mask", "density", "scope")
 NINTHS = (0, 1, 3, 6, 9)  # of the budget, when arms are validated
 
 
+def shortened(data: Path, valid: int, path: Path) -> Path:
+    """A copy of a task's data whose validation set ends after `valid` examples."""
+    path.mkdir()
+    (path / "train.jsonl").write_bytes((data / "train.jsonl").read_bytes())
+    lines = (data / "valid.jsonl").read_bytes().splitlines(keepends=True)
+    (path / "valid.jsonl").write_bytes(b"".join(lines[:valid]))
+    return path
+
+
 def model_for(arm: dict[str, Any], args: argparse.Namespace) -> Path:
     """The converted model that an arm trains; converted if it is not there yet."""
     settings = {k: v for k, v in arm.items() if k in CONVERSION}
@@ -109,7 +119,7 @@ def zo_run(path: Path, settings: dict[str, Any], data: Path, args: argparse.Name
     with tempfile.TemporaryDirectory() as work:
         zo_mlx.train(
             model=str(path), data=str(data), adapter_path=work, seed=seed, iters=9 * ninth, steps_per_eval=ninth,
-            val_batches=-(-args.valid // filled(config.batch_size)), report=report, **settings,
+            val_batches=-1, report=report, **settings,
         )  # fmt: skip
         again = [not math.isnan(r.initial) for r in Journal.read(Path(work, FILE_NAME)).records()]
     for point in points:  # steps so far; in the first ones examples are evaluated at the first values, too
@@ -121,7 +131,6 @@ def dense_run(path: Path, settings: dict[str, Any], data: Path, args: argparse.N
     """The same of MeZO's loop if there is a `rate`, else of mlx-lm's LoRA step."""
     _, tokenizer, _, _ = load_sparse(path)
     train_set, valid_set = (load_dataset(data / f"{s}.jsonl", tokenizer, 2048) for s in ("train", "valid"))
-    valid_set.examples = valid_set.examples[: args.valid]
     model, size = dense_model(path), settings["batch_size"]
     if "rate" in settings:
         head, rows = split_head(model), 2 * size
@@ -201,18 +210,18 @@ def main() -> None:
     if not args.hf_path and any(key in ARMS[name] for name in arms for key in CONVERSION):
         parser.error("some of the arms need --hf-path, a model to convert")
     path = Path(args.results)
-    for seed in map(int, args.seeds.split(",")):
-        for task in tasks:
-            for name in arms:
-                if any((r["task"], r["arm"], r["seed"]) == (task, name, seed) for r in read(path)):
-                    continue
-                settings = {k: v for k, v in ARMS[name].items() if k not in CONVERSION}
-                run = dense_run if name == "lora" or "rate" in settings else zo_run
-                with bounded_cache():
-                    points = run(model_for(ARMS[name], args), settings, Path(args.data) / task, args, seed)
-                with path.open("a") as f:
-                    f.write(json.dumps({"task": task, "arm": name, "seed": seed, "points": points}) + "\n")
-                table(read(path)[-1:])
+    with tempfile.TemporaryDirectory() as work:
+        data = {task: shortened(Path(args.data) / task, args.valid, Path(work, task)) for task in tasks}
+        for seed, task, name in product(map(int, args.seeds.split(",")), tasks, arms):
+            if any((r["task"], r["arm"], r["seed"]) == (task, name, seed) for r in read(path)):
+                continue
+            settings = {k: v for k, v in ARMS[name].items() if k not in CONVERSION}
+            run = dense_run if name == "lora" or "rate" in settings else zo_run
+            with bounded_cache():
+                points = run(model_for(ARMS[name], args), settings, data[task], args, seed)
+            with path.open("a") as f:
+                f.write(json.dumps({"task": task, "arm": name, "seed": seed, "points": points}) + "\n")
+            table(read(path)[-1:])
     shown = [r for r in read(path) if r["task"] in tasks and r["arm"] in arms]
     table(shown)
     if args.plot:
