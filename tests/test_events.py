@@ -37,6 +37,10 @@ def test_a_runs_file_holds_what_it_told(tiny: Path, choice_data: Path, tmp_path:
     times = [event.pop("time") for event in (begun, *written)]
     assert times == sorted(times)
     assert written == events
+    # What a run warns of before it has a file comes after `begun`.
+    _train(tiny, choice_data, tmp_path / "b", report=events.append, val_batches=0, patience=1)
+    (early,) = (event for event in events if "--patience" in event.get("message", ""))
+    assert {**early, "time": 0.0} == {**_lines(tmp_path / "b" / FILE_NAME)[2], "time": 0.0}
 
 
 def test_a_file_cut_anywhere_gives_the_events_before(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -58,13 +58,14 @@ class EventLog:
         self._add(event)
         self._report(event)
 
-    def begin(self, iteration: int, **how: Any) -> None:
-        """Note in the file alone that training begins or goes on, how, and where."""
+    def begin(self, iteration: int, before: Iterable[Event], **how: Any) -> None:
+        """Note in the file alone that training begins or goes on, how, and where; and what was reported `before`."""
         versions = {"zo_mlx": __version__, "mlx": version("mlx"), "mlx_lm": version("mlx-lm")}
         # Not `platform.platform`, which runs a program.
         system = f"{platform.system()} {platform.release()} {platform.machine()}"
         place = {"system": system, "device": str(mx.device_info().get("device_name"))}
-        self._add({"event": "begun", "iteration": iteration, **how, **versions, **place})
+        for event in ({"event": "begun", "iteration": iteration, **how, **versions, **place}, *before):
+            self._add(event)
 
     def _add(self, event: Event) -> None:
         event = {**event, "time": round(time.time(), 3)}

@@ -57,7 +57,7 @@ class Run(Setup):
         if not self.ranks.is_first:
             return
         self.report = log = EventLog(self.directory, own.identity, len(own), self.report)
-        log.begin(len(own), **how)
+        log.begin(len(own), self.warnings, **how)
         self.page = Page(self, self.directory, own, log)
 
     def step_function(self) -> Callable[[list[Any], int], tuple[mx.array, State, journal.Record]]:

@@ -44,11 +44,13 @@ class Setup:
         fingerprints: of all that a run with the same journal must find unchanged; `data_id` stands for the data's.
         depth: which blocks are trained.
         trainable: which weights, and what they are before.
+        warnings: the events of those given so far.
     """
 
     def __init__(self, config: TrainConfig, report: Report, ranks: Ranks):
         config.check_together()
         self.config, self.report, self.ranks = config, report, ranks
+        self.warnings: list[dict[str, Any]] = []
         model, data = Path(config.model), Path(config.data)
         self.sparse, self.tokenizer, index, model_config = load_sparse(
             model, spread=ranks.count > 1 and config.split == "model", float32=config.gradient == "zo"
@@ -109,7 +111,8 @@ class Setup:
             self._agree()
 
     def warn(self, message: str) -> None:
-        self.report({"event": "warning", "message": message})
+        self.warnings.append({"event": "warning", "message": message})
+        self.report(self.warnings[-1])
 
     def _compare_ranks(self) -> None:
         """Raise UsageError if a rank has other settings, data or model than the first one."""
