@@ -40,10 +40,10 @@ def main() -> None:
                 str(source), str(out), num_samples=args.num_samples, memory_limit=args.memory_limit, resume=True
             )
             print(f"{out}: {done.trainable:,} sensitive weights, {done.seconds:.0f} s, {done.peak_memory / 1e9:.2f} GB")
-        except zo_mlx.UsageError as e:
-            failed.append(f"{source}: {e}")
-        except zo_mlx.ZoError as e:  # a full disk, or Ctrl-C: the next one would not fare better
+        except zo_mlx.Interrupted as e:
             sys.exit(str(e))
+        except zo_mlx.ZoError as e:
+            failed.append(f"{source}: {e}")
     if failed:
         sys.exit("not converted:\n" + "\n".join(failed))
 

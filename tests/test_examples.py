@@ -6,6 +6,7 @@ import runpy
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import demo
 import mlx_lm
@@ -14,6 +15,8 @@ import numpy as np
 import pytest
 from nbclient import NotebookClient
 from safetensors.numpy import load_file
+
+import zo_mlx
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -92,10 +95,21 @@ def test_convert_folder(
     (models / "broken").mkdir()
     (models / "broken/config.json").write_text("{}")
     (models / "notes.txt").write_text("no model")
+    (models / "bad").mkdir()
+    (models / "bad/config.json").write_text("{}")
+    convert = zo_mlx.convert
+
+    def failing(source: str, *args: Any, **more: Any) -> Any:
+        if source.endswith("bad"):
+            raise zo_mlx.ZoError("no room")
+        return convert(source, *args, **more)
+
+    monkeypatch.setattr(zo_mlx, "convert", failing)
     for said in ("sensitive weights", "there already"):
         with pytest.raises(SystemExit) as e:
             _run(monkeypatch, "convert_folder.py", models, out, "--num-samples", 2)
-        assert re.fullmatch(rf"not converted:\n{models}/broken: .*config.json has no model_type", str(e.value.code))
+        both = rf"{models}/bad: no room\n{models}/broken: .*config.json has no model_type"
+        assert re.fullmatch(rf"not converted:\n{both}", str(e.value.code))
         assert re.fullmatch(rf"{out}/good: .*{said}.*\n", capsys.readouterr().out)
     mlx_lm.load(str(out / "good"))
     assert [path.name for path in out.iterdir()] == ["good"]
