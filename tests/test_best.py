@@ -83,5 +83,8 @@ def test_seeds_are_runs_of_their_own_with_mean_and_spread(tiny: Path, choice_dat
     for wrong in ({"seed": "five"}, {"adapter_path": 5}):
         with pytest.raises(UsageError, match="must be"):
             zo_mlx.train_seeds(3, **{**settings, **wrong})
+    with pytest.raises(UsageError, match="exclude each other"):  # before the fourth one is trained
+        zo_mlx.train_seeds(2, resume=True, overwrite=True, **{**settings, "seed": 7})
+    assert not (tmp_path / "s/seed-8").exists()
     again = zo_mlx.train_seeds(4, resume=True, **{**settings, "iters": 6})  # the fourth had not begun
     assert [run.iterations for run in again.runs] == [6] * 4

@@ -283,6 +283,10 @@ def test_mlx_lms_flags_are_taken_and_those_without_effect_named(
     for name in NOT_HERE.keys() - {"lora_parameters"}:
         assert f"{name} ({NOT_HERE[name]})" in warning
     assert Journal.read(tmp_path / "a/journal").header["config"]["learning_rate"] == 1e-3  # a flag is meant
+    paths = [text for name, value in own.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    defaults = ["--grad-accumulation-steps", "1", "--clear-cache-threshold", "0"]
+    assert main(["train", "--overwrite", *paths, *defaults]) == 0
+    assert "Warning" not in capsys.readouterr().err
 
 
 def test_the_table_has_all_of_mlx_lms_options_and_no_others() -> None:

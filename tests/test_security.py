@@ -80,7 +80,10 @@ def test_no_command_does_what_input_must_not_make_it_do(tiny_hf: Path, choice_da
             _training(model, choice_data, adapter),
             [*_training(model, choice_data, adapter, "--resume")[:-5], "--iters", "3", "--resume"],
             ["evaluate", *using, "--data", str(choice_data)],
+            ["classify", *using, "--data", str(choice_data / "test.jsonl")],
             ["generate", *using, "--prompt", "hi", "--max-tokens", "2"],
+            ["memory", str(source)],
+            ["memory", str(model), "--measure"],
             ["info", str(model)],
             ["info", str(adapter)],
             ["chat", *using],
@@ -89,7 +92,7 @@ def test_no_command_does_what_input_must_not_make_it_do(tiny_hf: Path, choice_da
             ["fuse", *using, "--save-path", str(out / "new/fused")],
         ],
     )
-    assert [code for code, _ in found["runs"]] == [0] * 11
+    assert [code for code, _ in found["runs"]] == [0] * 14
     assert (found["noted"], found["strangers"]) == ([], [])
     assert not list(tmp_path.rglob("pwned"))
 

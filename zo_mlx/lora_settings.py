@@ -23,8 +23,8 @@ NOT_HERE = {
     "clear_cache_threshold": "MLX's cache is always kept small",
     "trust_remote_code": "code that comes with a model is never run",
 }
-# Besides what is false: this asks for what happens anyway.
-HARMLESS = {"grad_accumulation_steps": 1}
+# Besides what is false: these ask for what happens anyway. Of YAML they are numbers, as flags text.
+HARMLESS = {"grad_accumulation_steps": "1", "clear_cache_threshold": "0"}
 # Read, but only to see whether something else is wanted than `zo-mlx train` does.
 CHECKED = ("train", "resume_adapter_file")
 # Made for adapters and gradients; sensitive weights and estimates of gradients want others by orders of magnitude.
@@ -87,7 +87,9 @@ def understood(settings: Mapping[str, Any], source: str, left_out: tuple[str, ..
     known = {f.name for f in dataclasses.fields(TrainConfig)}
     taken = {key: value for key, value in settings.items() if key in known and key not in left_out}
     reasons = [
-        f"{key} ({why})" for key, why in NOT_HERE.items() if settings.get(key) and settings[key] != HARMLESS.get(key)
+        f"{key} ({why})"
+        for key, why in NOT_HERE.items()
+        if settings.get(key) and str(settings[key]) != HARMLESS.get(key)
     ]
     if isinstance(optimizer := taken.get("optimizer"), str):
         taken["optimizer"] = optimizer.lower()  # as mlx-lm does

@@ -44,6 +44,8 @@ def train_seeds(seeds: int, *, resume: bool = False, report: Report | None = Non
         As `train`.
     """
     check_range("--seeds", seeds, 2)
+    if resume and settings.get("overwrite"):
+        raise UsageError("--resume and --overwrite exclude each other")
     if settings.get("report_to"):
         raise UsageError("--report-to follows a single run: leave out --seeds")
     if Ranks().count > 1:
