@@ -73,6 +73,7 @@ def open_source(hf_path: str, dtype: str | None, scratch: Path, revision: str | 
 
     Raises:
         UsageError: no such model, not a model, unsupported architecture, damaged files.
+        ZoError: it cannot be fetched from the hub.
     """
     if dtype is not None and dtype not in MODEL_CONVERSION_DTYPES:
         raise UsageError(f"--dtype {dtype} is not one of {', '.join(MODEL_CONVERSION_DTYPES)}")

@@ -63,7 +63,7 @@ class _PrintCompletion(argparse.Action):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; return the exit code: 0, 1 (run-time error), 2 (usage) or 130 (interrupted)."""
+    """Run a command; return the exit code: 0, 1 (run-time error), 2 (usage), 130 (interrupted), 141 (nobody reads)."""
     args = build_parser().parse_args(argv)
     # Stop as for Ctrl-C: a run is left to be resumed, temporary files are removed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -102,7 +102,7 @@ def evaluate(
 
     Raises:
         UsageError: the data are missing or wrong, or the objective is.
-        ZoError: the objective's function fails.
+        ZoError: the objective's function fails; data of the hub cannot be fetched.
     """
     check_range("--batch-size", batch_size, 1)
     check_range("--max-seq-length", max_seq_length, 2)

@@ -24,7 +24,7 @@ class SensitiveTensor:
 
     Attributes:
         indices: (n,) uint32, flat row-major positions in the (out, in) weight, strictly increasing.
-        values: (n,) the weights before quantization, in the source's dtype.
+        values: (n,) the weights before quantization, in the source's dtype, or that of `--dtype`.
         scores: (n,) float32 Fisher scores.
     """
 

@@ -108,11 +108,12 @@ def export(model: str | Path, adapter_path: str | Path, rank: int | None = None)
     Args:
         model: the model directory.
         adapter_path: the adapter directory, or `best` in one.
-        rank: of the LoRA adapter; None is the lowest of 16, 32, 64, 128, 256 and the full rank with a KL divergence
-            of at most 0.002 nats. More than the full rank is that.
+        rank: of the LoRA adapter; None is the lowest of 16, 32, 64, 128, 256 and, if it is lower, the full rank
+            with a KL divergence of at most 0.002 nats; 256 if none has that. More than the full rank is that.
 
     Raises:
         UsageError: as `zo_mlx.load`; the adapter is being trained; the differences are in too many columns.
+        ZoError: the disk is full.
     """
     if rank is not None:
         check_range("--rank", rank, 1)

@@ -45,7 +45,8 @@ def train(
 
     Raises:
         UsageError: wrong settings, model or data; a run is already in `adapter_path`, or not the one to resume.
-        ZoError: the loss is not finite; a file cannot be written.
+        ZoError: the loss is not finite; a file cannot be written; data of the hub cannot be fetched; the objective's
+            function fails; another rank is lost; a service does not begin.
         Interrupted: Ctrl-C, which lets a step be finished, or twice, which does not; the run can be resumed.
     """
     if unknown := set(settings) - {f.name for f in fields(TrainConfig)}:

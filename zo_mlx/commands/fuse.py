@@ -15,7 +15,7 @@ def add(commands: Any) -> None:
     p.add_argument("--model", default="mlx_model", help="MLX model directory.")
     p.add_argument("--adapter-path", default="adapters", help="Adapter directory made by `zo-mlx train`.")
     p.add_argument("--save-path", default="fused_model", help="Directory to write; must not exist.")
-    p.add_argument("--bits", type=int, choices=(8, 16), default=8, help="Bits per weight of layers that were trained.")
+    p.add_argument("--bits", type=int, choices=(8, 16), default=8, help="Bits of layers that have sensitive weights.")
     p.add_argument("--dequantize", "--de-quantize", action="store_true", help="Write all weights with 16 bits.")
     p.add_argument("--export-gguf", action="store_true", help="Write a GGUF file, too; with --dequantize.")
     p.add_argument("--gguf-path", default="ggml-model-f16.gguf", help="Name of that file, in the directory to write.")

@@ -13,7 +13,7 @@ from . import add_command
 def add(commands: Any) -> None:
     """Its parser."""
     p = add_command(commands, "info", _run, "Say what is in a model directory, an index or an adapter.")
-    p.add_argument("path", help="Model directory, sensitive.safetensors, or adapter directory.")
+    p.add_argument("path", help="Model directory, sensitive.safetensors, adapter directory, or journal.")
     p.add_argument("--plot", metavar="FILE", help="Draw where the sensitive weights sit (.png, .pdf or .svg).")
 
 
