@@ -1,5 +1,6 @@
 """Objectives that score answers: against stock mlx-lm, worked examples, and what training does to them."""
 
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -165,6 +166,17 @@ def test_a_function_may_have_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (metric.path, metric({"prompt": "a", "completion": "b"}, "abc")) == (None, 3.0)
 
 
+def test_a_function_prints_and_keeps_to_its_own_copy_and_is_the_files_latest(
+    user_module: Callable[[str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    user_module("print('here')\ndef score(p, o, e):\n    print('there')\n    return float(o == e.pop('completion'))")
+    record = {"prompt": "a", "completion": "b"}
+    assert [Metric("scoring_of_mine:score")(record, "b") for _ in range(2)] == [1.0, 1.0]
+    assert capsys.readouterr() == ("", "here\nthere\nthere\n")
+    Path("scoring_of_mine.py").write_text("def score(prompt, output, example):\n    return 0.25  # changed\n")
+    assert Metric("scoring_of_mine:score")(record, "b") == 0.25
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
@@ -173,6 +185,8 @@ def test_a_function_may_have_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
         ("def score(p, o, e): return e['missing']", "fails on the prompt 'apple 0 ->': KeyError: 'missing'"),
         ("def score(p, o, e): return 'good'", "fails on the prompt 'apple 0 ->': ValueError"),
         ("def score(p, o, e): return float('nan')", "gives nan for the prompt 'apple 0 ->'"),
+        ("def score(p, o, e): return 1e39", "gives 1e+39 for the prompt 'apple 0 ->'"),
+        ("def score(p, o, e): raise SystemExit(0)", "fails on the prompt 'apple 0 ->': SystemExit: 0"),
         ("score = 3", "has no function score"),
         ("import sys; sys.exit(3)", "importing scoring_of_mine fails: SystemExit: 3"),
     ],
@@ -183,7 +197,7 @@ def test_functions_that_do_not_work(
     user_module(body)
     model, tokenizer = zo_mlx.load(tiny)
     data = write_jsonl(Path("one.jsonl"), [load_dataset(choice_data / "train.jsonl", tokenizer, 99).examples[0].record])
-    with pytest.raises(ZoError, match=message.replace("(", r"\(")):
+    with pytest.raises(ZoError, match=re.escape(message)):
         zo_mlx.evaluate(model, tokenizer, data, objective="scoring_of_mine:score", progress=False)
 
 

@@ -5,22 +5,26 @@ and the line of the data file as a dictionary. Higher is better.
 """
 
 import contextlib
+import copy
 import importlib
 import inspect
-import math
 import re
 import string
 import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from .errors import UsageError, ZoError
+from .progress import redirected_to_stderr
 
 Record = dict[str, Any]
 
 CROSS_ENTROPY = "cross-entropy"
+_MOST = 3.4e38  # scores are averaged in float32
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -77,6 +81,20 @@ def is_function(objective: str) -> bool:
     return _FUNCTION.fullmatch(objective) is not None
 
 
+_sources: WeakKeyDictionary[ModuleType, bytes] = WeakKeyDictionary()  # of the user's modules, when imported
+
+
+def _as_it_is_now(name: str) -> ModuleType:
+    """A module, imported again if its file has changed: the journal has the checksum of the file."""
+    module = importlib.import_module(name)
+    if file := getattr(module, "__file__", None):
+        source = Path(file).read_bytes()
+        if _sources.setdefault(module, source) != source:
+            module = importlib.reload(module)
+            _sources[module] = source
+    return module
+
+
 class Metric:
     """A metric by its name; `module:function` is imported, from the working directory if it is there.
 
@@ -97,7 +115,8 @@ class Metric:
         if (here := str(Path.cwd())) not in sys.path:
             sys.path.insert(0, here)  # for good: the function may import more when it is called
         try:
-            function = getattr(importlib.import_module(module), name, None)
+            with redirected_to_stderr():
+                function = getattr(_as_it_is_now(module), name, None)
         except (Exception, SystemExit) as e:  # the module is a program
             raise UsageError(f"objective {self.name}: importing {module} fails: {type(e).__name__}: {e}") from None
         if not callable(function):
@@ -111,11 +130,12 @@ class Metric:
         """The score of an answer to an example. Raises ZoError if the user's function fails."""
         prompt = question(example)
         try:
-            score = float(self._function(prompt, output, example))
-        except Exception as e:  # whatever the user's function does
+            with redirected_to_stderr():
+                score = float(self._function(prompt, output, copy.deepcopy(example)))
+        except (Exception, SystemExit) as e:  # whatever the user's function does
             raise ZoError(
                 f"objective {self.name} fails on the prompt {prompt[:60]!r}: {type(e).__name__}: {e}"
             ) from None
-        if not math.isfinite(score):
+        if not abs(score) <= _MOST:
             raise ZoError(f"objective {self.name} gives {score} for the prompt {prompt[:60]!r}")
         return score
