@@ -64,11 +64,15 @@ def test_a_dataset_of_the_hub_is_trained_on_and_evaluated(
 
 
 def test_the_network_is_asked_only_for_what_can_be_a_hub_id(hub: list[str], tmp_path: Path) -> None:
-    for name in ("data", "./some/where", "/some/where", "a/b/c", str(tmp_path / "none"), "~/data", "some-one/"):
+    with pytest.raises(UsageError, match="no such data file: data/tset.jsonl"):
+        read_splits("data/tset.jsonl", ["test"])
+    written = "data", "./some/where", "/some/where", "a/b/c", "~/data", "some-one/"
+    for name in (*written, str(tmp_path / "none")):
         with pytest.raises(UsageError, match="no such data: .* is neither a directory nor the hub id"):
             read_splits(name, ["train"])
     assert hub == []
-    with pytest.raises(ZoError, match="no-one/none: the dataset cannot be loaded: Not found Hugging Face dataset"):
+    why = "there is no such directory, and the dataset cannot be loaded: Not found Hugging Face dataset"
+    with pytest.raises(ZoError, match=f"no-one/none: {why}"):
         read_splits("no-one/none", ["train"])
 
 

@@ -95,8 +95,22 @@ def test_resuming_with_other_settings_is_refused(tiny: Path, choice_data: Path, 
     _train(tiny, choice_data, out)
     with pytest.raises(UsageError, match=r"keeps its settings: learning_rate was"):
         _train(tiny, choice_data, out, resume=True, learning_rate=0.5)
+    with pytest.raises(UsageError, match=r"keeps its settings: objective was cross-entropy"):
+        _train(tiny, choice_data, out, resume=True, objective="accuracy")
     with pytest.raises(UsageError, match="holds no training run"):
         _train(tiny, choice_data, tmp_path / "none", resume=True)
+
+
+def test_data_that_moved_is_not_looked_for_on_the_hub(
+    tiny: Path, choice_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(choice_data, "some/data")
+    _train(tiny, Path("some/data"), tmp_path / "a")
+    Path("some").rename("other")
+    with pytest.raises(UsageError, match="the run's data are no longer in some/data: say with --data"):
+        zo_mlx.train(adapter_path=tmp_path / "a", resume=True, iters=8)
+    assert zo_mlx.train(adapter_path=tmp_path / "a", resume=True, iters=8, data=Path("other/data")).iterations == 8
 
 
 def test_what_is_left_to_be_chosen_may_be_left_again(tiny: Path, choice_data: Path, tmp_path: Path) -> None:

@@ -97,9 +97,12 @@ def read_file(path: Path, features: Mapping[str, str] = FEATURES) -> Records:
 def _of_hub(name: str, features: Mapping[str, str]) -> dict[str, Records]:
     if Path(name).is_file():
         raise UsageError(f"{name} is a file: give the directory that has it as train.jsonl, valid.jsonl or test.jsonl")
+    if name.endswith((".json", ".jsonl")):
+        raise UsageError(f"no such data file: {name}")
     if not is_hub_id(name):
         raise UsageError(f"no such data: {name} is neither a directory nor the hub id of a dataset like name/dataset")
-    return _loaded(name, lambda: load_hf_dataset(name, None, SimpleNamespace(**features)), features)  # type: ignore[arg-type]
+    load = lambda: load_hf_dataset(name, None, SimpleNamespace(**features))  # type: ignore[arg-type]  # noqa: E731
+    return _loaded(name, load, features, "there is no such directory, and ")
 
 
 def _block(number: int, block: dict[str, Any], splits: Collection[str]) -> dict[str, Records]:
@@ -118,14 +121,16 @@ def _block(number: int, block: dict[str, Any], splits: Collection[str]) -> dict[
     return _loaded(name, lambda: load_custom_hf_dataset(asked, None), features)  # type: ignore[arg-type]
 
 
-def _loaded(name: str, load: Callable[[], Iterable[Any]], features: Mapping[str, str]) -> dict[str, Records]:
+def _loaded(
+    name: str, load: Callable[[], Iterable[Any]], features: Mapping[str, str], also: str = ""
+) -> dict[str, Records]:
     try:
         with redirected_to_stderr():
             parts = dict(zip(SPLITS, load(), strict=True))
     except ImportError:
         raise UsageError(f"{name}: this needs the package datasets: pip install datasets") from None
     except Exception as e:  # the hub's and the dataset's libraries raise dozens of kinds
-        raise ZoError(f"{name}: the dataset cannot be loaded: {reason(e)}") from None
+        raise ZoError(f"{name}: {also}the dataset cannot be loaded: {reason(e)}") from None
     return {
         split: [(f"{name}, {split}, row {i}", _renamed(rows[i], features)) for i in range(len(rows))]
         for split, rows in parts.items()

@@ -23,9 +23,12 @@ from .run import Run
 from .step import replay
 
 
-def resumed_config(recorded: dict[str, Any], given: dict[str, Any]) -> TrainConfig:
-    """The recorded settings with the given ones; only those in `CHANGEABLE` may differ."""
+def resumed_config(header: dict[str, Any], given: dict[str, Any]) -> TrainConfig:
+    """The settings in a journal's header with the given ones; only those in `CHANGEABLE` may differ."""
+    recorded = header["config"]
     own = {"adapter_path": TrainConfig.adapter_path, "report_to": None}
+    if given.get("objective", recorded.get("objective")) != recorded.get("objective"):  # others do not go with it
+        raise UsageError(f"a resumed run keeps its settings: objective was {recorded.get('objective')}")
     config = TrainConfig.recorded(recorded, **{**own, **given})
     if is_function(config.objective) and "objective" not in given:
         # A run may come from a stranger: it is not to say what functions run, or what is fetched or sent.
@@ -33,6 +36,8 @@ def resumed_config(recorded: dict[str, Any], given: dict[str, Any]) -> TrainConf
     if config.hf_dataset is not None and "hf_dataset" not in given:
         raise UsageError("the run's data are of hf_dataset blocks: give their file with --config to go on with it")
     if is_hub_id(config.data) and config.hf_dataset is None and "data" not in given:
+        if "train.jsonl" in header["fingerprints"]:
+            raise UsageError(f"the run's data are no longer in {config.data}: say with --data where they are")
         raise UsageError(f"the run's data are of the hub: give --data {config.data} to go on with it")
     different = [k for k in sorted(given.keys() - CHANGEABLE) if getattr(config, k) != recorded[k]]
     if different:

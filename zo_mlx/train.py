@@ -79,7 +79,7 @@ def _train(
                 raise UsageError(f"{directory} holds no training run to resume")
             held.enter_context(locked(directory))
             past = journal.Journal.read(directory / journal.FILE_NAME, cut=True)
-            run = Run(resumed_config(past.header["config"], settings), report, progress, ranks)
+            run = Run(resumed_config(past.header, settings), report, progress, ranks)
             run.report = followed(run.report, run.config) if ranks.is_first else run.report
             resume_run(run, past, changed_data, settings)
         else:
