@@ -47,6 +47,8 @@ def test_probabilities_are_those_of_stock_mlx_lm(
         for ours, theirs in zip(got, expected, strict=True):
             assert ours == pytest.approx(theirs, abs=1e-5)
     assert zo_mlx.classify(*loaded, []) == []
+    unlabelled = {**RECORDS[2], "choices": None}
+    assert zo_mlx.classify(*loaded, [unlabelled], tuple(ANSWERS))[0] == pytest.approx(expected[2], abs=1e-5)
 
 
 def test_the_command(

@@ -131,6 +131,8 @@ def test_generate_uses_the_adapter(tiny: Path, choice_data: Path, tmp_path: Path
         expected.append(int(model(mx.array([tokens + expected]))[0, -1].argmax()))
     text = zo_mlx.generate(model, tokenizer, "stone ->", max_tokens=5)
     assert text == tokenizer.decode(expected)
+    sampled = zo_mlx.generate(model, tokenizer, "stone ->", max_tokens=5, sampler=lambda p: mx.argmin(p, axis=-1))
+    assert sampled != text
     base, _ = zo_mlx.load(tiny)
     probe = mx.array([tokens])
     assert mx.abs(base(probe) - model(probe)).max() > 1e-3

@@ -69,9 +69,11 @@ def classify_records(
     longest, vocabulary = min(max_seq_length, context_length(config)), vocabulary_size(config)
     examples = []
     for where, record in records:
-        record = {"choices": choices, **{k: v for k, v in record.items() if k in ("prompt", "choices")}}
-        if record["choices"] is None:
+        own = record["choices"] if record.get("choices") is not None else choices
+        if own is None:
             raise UsageError(f"{where}: field 'choices' is missing; --choices gives those of lines that have none")
+        own = list(own) if isinstance(own, tuple) else own
+        record = {**{k: v for k, v in record.items() if k == "prompt"}, "choices": own}
         examples.append(choice_example(record, tokenizer, longest, where))
         check_tokens(examples[-1], vocabulary, where)
     head = split_head(model, any(len(e.rows) > 1 for e in examples))

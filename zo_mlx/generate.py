@@ -35,7 +35,7 @@ def generate(
         top_p: nucleus sampling.
         seed: makes sampling repeatable.
         ignore_chat_template: take the prompt as it is.
-        **more: passed on to `mlx_lm.generate`.
+        **more: passed on to `mlx_lm.generate`; a `sampler` takes the place of `temp` and `top_p`.
 
     Returns:
         The generated text, without the prompt.
@@ -56,9 +56,8 @@ def generate(
             raise UsageError(f"the model's chat template fails: {e}; give --ignore-chat-template") from None
     if seed is not None:
         mx.random.seed(seed)  # mlx-lm samples from the global state
-    return mlx_lm.generate(
-        model, tokenizer, tokens, max_tokens=max_tokens, sampler=make_sampler(temp=temp, top_p=top_p), **more
-    )
+    more.setdefault("sampler", make_sampler(temp=temp, top_p=top_p))
+    return mlx_lm.generate(model, tokenizer, tokens, max_tokens=max_tokens, **more)
 
 
 def check_request(prompt: str, max_tokens: int, temp: float, top_p: float, seed: int | None) -> None:

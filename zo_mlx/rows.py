@@ -17,6 +17,7 @@ from mlx_lm.tuner.datasets import create_dataset
 
 from .data import Dataset, Example, Target, common_prefix
 from .errors import UsageError
+from .files import is_text
 from .records import Record, Records, place, read_file
 
 # The fields of mlx-lm's formats, in the order in which it looks for them.
@@ -192,6 +193,8 @@ def choice_example(record: Record, tokenizer: TokenizerWrapper, max_length: int,
     choices = record.get("choices")
     if not isinstance(choices, list) or not all(isinstance(c, str) and c for c in choices):
         raise UsageError(f"{where}: field 'choices' must be a list of non-empty strings")
+    if not is_text("".join([prompt, *choices])):
+        raise UsageError(f"{where}: prompt and choices are not valid UTF-8 text")
     if len(choices) < 2 or len(set(choices)) < len(choices):
         raise UsageError(f"{where}: field 'choices' must hold at least two choices, all different")
     if completion not in (None, *choices):
