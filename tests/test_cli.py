@@ -68,6 +68,16 @@ def test_a_reader_that_has_seen_enough_ends_it_silently(tiny: Path) -> None:
     assert (process.communicate()[1], process.returncode) == (b"", 141)
 
 
+@pytest.mark.parametrize("closed", [0, 1, 2])
+def test_standard_streams_may_be_closed(closed: int, tiny: Path, choice_data: Path, tmp_path: Path) -> None:
+    words = ["train", "--model", tiny, "--data", choice_data, "--adapter-path", tmp_path / "a", "--iters", "1"]
+    program = "import sys; from zo_mlx.cli import main; raise SystemExit(main(sys.argv[1:]))"
+    command = ["sh", "-c", f'exec "$@" {closed}>&-', "sh", sys.executable, "-c", program, *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "a/values.safetensors").exists()
+
+
 def test_flags_take_precedence_over_yaml_and_yaml_over_defaults(
     tiny: Path, choice_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -80,6 +90,13 @@ def test_flags_take_precedence_over_yaml_and_yaml_over_defaults(
     assert main(["info", str(tmp_path / "a"), "--json"]) == 0
     settings = json.loads(capsys.readouterr().out.splitlines()[-1])["config"]
     assert (settings["iters"], settings["seed"], settings["epsilon"]) == (1, 7, zo_mlx.TrainConfig().epsilon)
+    schedule = "lr_schedule: {name: linear_schedule, arguments: [0.1, 0, 1]}\n"
+    config.write_text(config.read_text() + schedule)
+    rates = {"name": "exponential_decay", "arguments": [0.01, 0.999]}
+    for flags, expected in ((["--learning-rate", "0.01"], rates), (["--learning-rate", "auto"], None)):
+        assert main(["train", "-c", str(config), "--iters", "1", "--overwrite", "--json", *flags]) == 0
+        assert main(["info", str(tmp_path / "a"), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["config"]["lr_schedule"] == expected
 
 
 @pytest.mark.parametrize(
@@ -97,7 +114,7 @@ def test_flags_take_precedence_over_yaml_and_yaml_over_defaults(
         (
             "train --model {model} --data no-such/data-set --adapter-path {tmp}/a",
             1,
-            "no-such/data-set: the dataset cannot be loaded",
+            "no-such/data-set: there is no such directory, and the dataset cannot be loaded",
         ),
         ("train --model {model} --data {broken} --adapter-path {tmp}/a", 2, "train.jsonl, line 2: not JSON"),
         ("train --model {model} --data {data} --adapter-path {tmp}/a --batch-size 64", 2, "fewer than --batch-size"),
@@ -122,6 +139,8 @@ def test_flags_take_precedence_over_yaml_and_yaml_over_defaults(
         ("train --model {model} --data {data} --adapter-path {tmp}/a\udcff", 2, "a\\udcff' is not valid UTF-8"),
         ("convert --hf-path {model} --mlx-path {tmp}/o --seed -1", 2, "--seed must be at least 0"),
         ("train --model {odd} --data {data} --adapter-path {tmp}/a", 2, "must hold a JSON object"),
+        ("train --model {model} --data {data} --adapter-path=", 2, "adapter_path must not be empty"),
+        ("server --model {model} --port 99999", 2, "--port must be at most 65535"),
         ("train --model {pipe} --data {data} --adapter-path {tmp}/a", 2, "config.json is not a file"),
         ("info {tmp}/none", 2, "no such directory"),
         ("info {tmp}/empty", 2, "neither a model directory"),

@@ -1,13 +1,17 @@
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from test_train import _train
 
 from zo_mlx.cli import main
 from zo_mlx.index import SensitiveIndex, SensitiveTensor, read_index
-from zo_mlx.info import _layer
+from zo_mlx.info import _layer, info
+from zo_mlx.journal import FILE_NAME, Journal
 
 
 def test_columns_are_counted_by_expert() -> None:
@@ -24,6 +28,17 @@ def test_only_layers_with_scales_are_packed() -> None:
     assert _layer("m", tensor, {"m": (4, 8)}, config)["density"] == 1 / 32
     assert _layer("m", tensor, {"m": (4, 8), "m.scales": (4, 1)}, config)["density"] == 1 / 256
     assert _layer("m", tensor, {"m": (8,)}, config)["density"] is None
+
+
+def test_a_loss_that_is_not_finite_is_null(tiny: Path, choice_data: Path, tmp_path: Path) -> None:
+    _train(tiny, choice_data, tmp_path, iters=1)
+    run = Journal.read(tmp_path / FILE_NAME)
+    last = run.last()
+    assert last
+    assert info(tmp_path)["last_loss"] == pytest.approx(last.loss)
+    with run.open():
+        run.append(replace(last, step=2, loss=math.inf))
+    assert info(tmp_path)["last_loss"] is None
 
 
 def test_the_map_shows_every_layer(

@@ -138,6 +138,13 @@ def test_generate_uses_the_adapter(tiny: Path, choice_data: Path, tmp_path: Path
     assert mx.abs(base(probe) - model(probe)).max() > 1e-3
 
 
+def test_one_machine_has_all_of_a_model_that_is_split(tiny: Path, choice_data: Path, tmp_path: Path) -> None:
+    for out, split in ((tmp_path / "a", "auto"), (tmp_path / "b", "model")):
+        _train(tiny, choice_data, out, split=split, learning_rate=0.05)
+        assert (out / adapter.LORA_TENSORS).exists()
+    assert (_values(tmp_path / "a") == _values(tmp_path / "b")).all()
+
+
 def test_prompts_longer_than_the_models_context_are_refused(tiny: Path, tmp_path: Path) -> None:
     records: list[dict[str, object]] = [{"prompt": "a" * 600, "completion": "b", "choices": ["b", "c"]}] * 16
     write_jsonl(tmp_path / "data/train.jsonl", records)  # the tiny model's context is 512 tokens

@@ -9,7 +9,7 @@ from typing import Any
 
 from . import __version__
 from .commands import chat, classify, convert, evaluate, export, fuse, generate, info, memory, replay, server, train
-from .errors import ZoError
+from .errors import UsageError, ZoError
 from .files import expanded
 
 gc.freeze()  # collections, which let go of models, need not look at all modules: a tenth of a second each
@@ -64,12 +64,15 @@ class _PrintCompletion(argparse.Action):
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; return the exit code: 0, 1 (run-time error), 2 (usage), 130 (interrupted), 141 (nobody reads)."""
+    _open_standard_streams()
     args = build_parser().parse_args(argv)
     # Stop as for Ctrl-C: a run is left to be resumed, temporary files are removed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         for name in PATHS:
-            if isinstance(path := getattr(args, name, None), str):
+            if (path := getattr(args, name, None)) == "":
+                raise UsageError(f"{name} must not be empty")
+            if isinstance(path, str):
                 setattr(args, name, expanded(path))
         args.run(args)
         sys.stdout.flush()
@@ -83,6 +86,16 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, RuntimeError, MemoryError) as e:
         return _fail(str(ZoError(str(e))) or type(e).__name__, ZoError.exit_code)
     return 0
+
+
+def _open_standard_streams() -> None:
+    """Let /dev/null take the place of those that are closed, lest the next files to be opened do."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, os.fdopen(number, "w" if number else "r"))
 
 
 def _fail(message: str, code: int) -> int:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import sys
 import types
 import typing
@@ -185,9 +186,14 @@ class TrainConfig:
             if kind is float and type(value) is int:
                 value = float(value)
                 setattr(self, f.name, value)
+            if kind is str and isinstance(value, os.PathLike):
+                value = os.fspath(value)
+                setattr(self, f.name, value)
             if type(value) is not kind:
                 word = f", or {f.metadata['word']}" if "word" in f.metadata else ""
                 raise UsageError(f"{f.name} must be {kind.__name__}{word}, not {value!r}")
+            if value == "" and f.name in ("model", "data", "adapter_path"):
+                raise UsageError(f"{f.name} must not be empty")
             if kind is str and "\0" in value:
                 raise UsageError(f"{f.name} must not hold a null character")
             if least is not None:

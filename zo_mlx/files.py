@@ -44,8 +44,8 @@ def count_tensors(path: Path) -> int:
 def _open_safetensors(path: Path) -> Any:
     try:
         return safe_open(path, framework="numpy")
-    except FileNotFoundError:
-        raise UsageError(f"{path} is missing") from None
+    except FileNotFoundError:  # or it may not be read
+        raise UsageError(f"{path} {'cannot be read' if path.exists() else 'is missing'}") from None
     except (SafetensorError, OSError) as e:
         raise UsageError(f"{path} is truncated or not a safetensors file ({e}); fetch or make it again") from None
 

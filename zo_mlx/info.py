@@ -97,7 +97,7 @@ def _run(journal: Journal) -> dict[str, Any]:
     return {
         "journal": journal.identity,
         "steps": len(journal),
-        "last_loss": last.loss if last else None,
+        "last_loss": last.loss if last and math.isfinite(last.loss) else None,
         "trainable": sum(end - start for start, end in journal.spans),
         "config": journal.header["config"],
         "fingerprints": journal.header["fingerprints"],

@@ -21,6 +21,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer, maybe_set_recommended_wired_limit
 from transformers import PreTrainedTokenizerBase
 
+from .config import check_range
 from .errors import UsageError, ZoError
 from .files import expanded, is_text
 from .model import load, load_sparse, read_values
@@ -256,6 +257,7 @@ def serve(args: argparse.Namespace) -> None:
         UsageError: the model or an adapter is missing, damaged or belongs to another model.
         ZoError: the address cannot be used.
     """
+    check_range("--port", args.port, 0, 65535)
     provider = Provider(args)
     logging.basicConfig(level=args.log_level, format="%(asctime)s - %(levelname)s - %(message)s")
     maybe_set_recommended_wired_limit()

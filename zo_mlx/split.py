@@ -51,7 +51,7 @@ class Split:
         self.by_rows = how == "data" or is_exact or (how == "auto" and rows >= ranks.count)
         self._size = rows if self.by_rows else len(shares)
         self._seconds: list[np.ndarray] = []  # of all ranks, of the steps since the work was divided
-        self.together = how == "model"
+        self.together = how == "model" and ranks.count > 1
         if self.together:
             self.portions = [self._size] * ranks.count
             return

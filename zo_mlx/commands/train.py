@@ -59,7 +59,10 @@ def _number_or(word: str) -> Any:
 def _run(args: argparse.Namespace) -> None:
     names = {*CHECKED, *NOT_HERE, *(f.name for f in dataclasses.fields(TrainConfig))}
     flags = {k: v for k, v in vars(args).items() if k in names and v is not None}
-    settings = {**(read_yaml(Path(args.config), flags) if args.config else {}), **understood(flags, "flags")}
+    settings = read_yaml(Path(args.config), flags) if args.config else {}
+    if "learning_rate" in flags:
+        settings.pop("lr_schedule", None)  # which would come before it
+    settings |= understood(flags, "flags")
     report = _print_json if args.json else _print_event
     how = {name: getattr(args, name) for name in ("resume", "overwrite", "changed_data")}
     if args.seeds is not None:
