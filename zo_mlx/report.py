@@ -152,6 +152,8 @@ def command(begun: Event) -> tuple[str, str]:
     in_file = {name: value for name, value in settings.items() if isinstance(value, (dict, list))}
     words = ["zo-mlx", "train", *(["--config", "run.yaml"] if in_file else [])]
     flags = {**settings, **{name: begun.get(name) for name in ("resume", "changed_data")}}
+    if "lr_schedule" in in_file:
+        flags.pop("learning_rate", None)  # it had no effect, and as a flag it would
     for name, value in flags.items():
         if name not in in_file and value is not None and value is not False:
             words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
