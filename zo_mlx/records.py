@@ -6,6 +6,7 @@ those of mlx-lm's formats are found under mlx-lm's default names: `prompt`, `com
 
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -101,7 +102,7 @@ def _of_hub(name: str, features: Mapping[str, str]) -> dict[str, Records]:
         raise UsageError(f"no such data file: {name}")
     if not is_hub_id(name):
         raise UsageError(f"no such data: {name} is neither a directory nor the hub id of a dataset like name/dataset")
-    load = lambda: load_hf_dataset(name, None, SimpleNamespace(**features))  # type: ignore[arg-type]  # noqa: E731
+    load = partial(load_hf_dataset, name, None, SimpleNamespace(**features))  # type: ignore[arg-type]
     return _loaded(name, load, features, "there is no such directory, and ")
 
 

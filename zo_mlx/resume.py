@@ -27,8 +27,13 @@ def resumed_config(header: dict[str, Any], given: dict[str, Any]) -> TrainConfig
     """The settings in a journal's header with the given ones; only those in `CHANGEABLE` may differ."""
     recorded = header["config"]
     own = {"adapter_path": TrainConfig.adapter_path, "report_to": None}
-    if given.get("objective", recorded.get("objective")) != recorded.get("objective"):  # others do not go with it
-        raise UsageError(f"a resumed run keeps its settings: objective was {recorded.get('objective')}")
+    TrainConfig.recorded(recorded, **own)
+    asked = TrainConfig(**given)
+    asked.check()
+    # Before they are put together: what differs may not go with the rest.
+    if different := [k for k in sorted(given.keys() - CHANGEABLE) if getattr(asked, k) != recorded[k]]:
+        listed = ", ".join(f"{k} was {recorded[k]}" for k in different)
+        raise UsageError(f"a resumed run keeps its settings: {listed}")
     config = TrainConfig.recorded(recorded, **{**own, **given})
     if is_function(config.objective) and "objective" not in given:
         # A run may come from a stranger: it is not to say what functions run, or what is fetched or sent.
@@ -39,10 +44,6 @@ def resumed_config(header: dict[str, Any], given: dict[str, Any]) -> TrainConfig
         if "train.jsonl" in header["fingerprints"]:
             raise UsageError(f"the run's data are no longer in {config.data}: say with --data where they are")
         raise UsageError(f"the run's data are of the hub: give --data {config.data} to go on with it")
-    different = [k for k in sorted(given.keys() - CHANGEABLE) if getattr(config, k) != recorded[k]]
-    if different:
-        listed = ", ".join(f"{k} was {recorded[k]}" for k in different)
-        raise UsageError(f"a resumed run keeps its settings: {listed}")
     return config
 
 

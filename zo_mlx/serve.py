@@ -254,7 +254,7 @@ def serve(args: argparse.Namespace) -> None:
         args: what `zo-mlx server` parsed.
 
     Raises:
-        UsageError: the model or an adapter is missing, damaged or belongs to another model.
+        UsageError: the model or an adapter is missing, damaged or belongs to another model; the port is none.
         ZoError: the address cannot be used.
     """
     check_range("--port", args.port, 0, 65535)
