@@ -119,12 +119,13 @@ class TrainConfig:
     )
     estimator: str = _setting(
         "one-sided",
-        "one-sided: all directions see the batch and share its loss; two-sided: the batch is divided among them.",
+        "one-sided: all directions see the batch and share its loss; two-sided: the batch is divided among them; jvp: "
+        "all see the batch, and slopes are derivatives by forward-mode differentiation, at twice the work.",
         choices=tuple(ESTIMATORS),
     )
     directions: int | None = _setting(
         None,
-        "Directions per step; default: 7 if one-sided, a divisor of the batch, half of it if even, if two-sided.",
+        "Directions per step; default: 7, or a divisor of the batch, half of it if even, if two-sided.",
         least=1,
         most=1 << 10,
     )
@@ -205,6 +206,8 @@ class TrainConfig:
         own_rate = self.lr_schedule is not None or self.learning_rate != "auto"
         if self.objective != CROSS_ENTROPY and own_rate and self.epsilon == "auto":
             raise UsageError("a learning rate of your own needs an --epsilon, where the objective is a score")
+        if self.estimator == "jvp" and self.objective != CROSS_ENTROPY:
+            raise UsageError(f"objective {self.objective} has no derivatives: leave out --estimator jvp")
         if self.gradient == "exact":
             if self.objective != CROSS_ENTROPY:
                 raise UsageError(f"objective {self.objective} has no gradient: leave out --gradient exact")

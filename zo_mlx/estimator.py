@@ -5,7 +5,7 @@ import hashlib
 import math
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -143,19 +143,23 @@ class Branches:
         directions: q of them.
         offsets: for each branch, the number of a direction, and how far along it the branch lies.
         apart: (K,) float32, a point of its own that is the last of the branches, if there is one.
+        derived: whether the derivatives of the losses with respect to the distances are asked for, too.
+        distances: (P,) float32 in place of those of `offsets`, while that derivative is taken.
     """
 
     values: mx.array
     directions: Directions
     offsets: tuple[tuple[int, float], ...]
     apart: mx.array | None = None
+    derived: bool = False
+    distances: mx.array | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) + (self.apart is not None)
 
     def __getitem__(self, which: slice) -> "Branches":
         has_last = len(self) - 1 in range(len(self))[which]
-        return Branches(self.values, self.directions, self.offsets[which], self.apart if has_last else None)
+        return replace(self, offsets=self.offsets[which], apart=self.apart if has_last else None)
 
     def part(self, start: int, end: int) -> mx.array:
         """The branches' values from `start` to `end`: (P, end - start) float32."""
@@ -164,11 +168,13 @@ class Branches:
             return apart[0]
         numbers, distances = zip(*self.offsets, strict=True)
         z = self.directions.part(numbers, start, end)
-        points = self.values[start:end] + mx.array(distances)[:, None] * z
+        along = mx.array(distances) if self.distances is None else self.distances
+        points = self.values[start:end] + along[:, None] * z
         return mx.concatenate([points, *apart]) if apart else points
 
 
-# The losses, (P,), of P branches, each on its own examples; all have equally many.
+# The losses, (P,), of P branches, each on its own examples, of which all have equally many. Where derivatives are asked
+# for, (P, 2): losses and derivatives.
 Loss = Callable[[Branches, Sequence[Sequence[Any]]], mx.array]
 
 
@@ -182,7 +188,7 @@ class Estimator(Protocol):
         """The examples that each branch is evaluated on."""
 
     def slopes(self, losses: mx.array, epsilon: float) -> tuple[mx.array, mx.array]:
-        """From the losses of all branches, (P,): the step's loss, and the projected gradients, (q,)."""
+        """From what a `Loss` gives for all branches: the step's loss, and the projected gradients, (q,)."""
 
 
 class TwoSided:
@@ -222,4 +228,22 @@ class OneSided:
         return losses[0], (losses[1:] - losses[0]) / epsilon
 
 
-ESTIMATORS: dict[str, Estimator] = {"one-sided": OneSided(), "two-sided": TwoSided()}
+class Jvp:
+    """The derivative of the loss along each direction, by forward-mode differentiation (`mx.jvp`): no epsilon, and no
+    difference of two losses whose bits cancel. All directions see the same examples.
+
+    Such gradient estimates are those of forward gradients (Baydin et al. 2022, arXiv 2202.08587, eq. 1). The branches
+    are the values, once for each direction: q of them, each of the work of two.
+    """
+
+    def branches(self, values: mx.array, directions: Directions, epsilon: float) -> Branches:
+        return Branches(values, directions, tuple((d, 0.0) for d in range(len(directions))), derived=True)
+
+    def shares(self, examples: Sequence[Any], q: int) -> list[Sequence[Any]]:
+        return [examples] * q
+
+    def slopes(self, losses: mx.array, epsilon: float) -> tuple[mx.array, mx.array]:
+        return losses[0, 0], losses[:, 1]
+
+
+ESTIMATORS: dict[str, Estimator] = {"one-sided": OneSided(), "two-sided": TwoSided(), "jvp": Jvp()}

@@ -153,14 +153,18 @@ def padded(rows: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
     return tokens.reshape(len(rows) * count, width)
 
 
-def scores(head: Head, batch: Batch) -> mx.array:
+def scores(head: Head, batch: Batch, traced: bool = False) -> mx.array:
     """Sum of the log-probabilities of each choice's tokens, but for what an example's choices have in common.
+
+    Args:
+        traced: whether this is to be differentiated, for which MLX would hold all that is computed meanwhile.
 
     Returns:
         (P, E, C) float32; -inf where an example has fewer than C choices.
     """
     states = target_states(head, batch)
-    mx.eval(states)  # frees the activations of the pass before any logits are made
+    if not traced:
+        mx.eval(states)  # frees the activations of the pass before any logits are made
     with _columns(head, batch) as (columns, whole):
         return _summed(_of_pieces(states, _pieces(head, states, batch.target_position, columns, whole)), batch)
 
@@ -233,7 +237,10 @@ def _of_pieces(states: mx.array, pieces: Iterable[tuple[partial[mx.array], slice
     """The scores of all targets, (n,), with the logits of one piece at a time in memory."""
     parts = list[mx.array]()
     for target_scores, rows in pieces:
-        parts.append(target_scores(*mx.depends([states[rows]], parts[-1:] or [states])))
+        which = mx.arange(*rows.indices(len(states)))
+        if parts:  # what waits are the indices: what depends on other arrays has no forward-mode derivative
+            (which,) = mx.depends([which], [mx.stop_gradient(parts[-1])])
+        parts.append(target_scores(states[which]))
     return mx.concatenate(parts)
 
 

@@ -82,7 +82,7 @@ class Optimizer:
         self._origin = origin
         own = None if config.epsilon == "auto" else float(config.epsilon)
         jumps = config.objective != CROSS_ENTROPY
-        compares = config.estimator == "one-sided" and not jumps and not is_exact
+        compares = config.estimator != "two-sided" and not jumps and not is_exact
         self._control = Control(jumps, own) if is_chosen and not is_exact else None
         self._guard = Guard(origin, compares) if is_chosen else None
         self._scale_free = name in SCALE_FREE

@@ -6,6 +6,7 @@ So they are on a GPU for random directions, which compare losses whose weights h
 bfloat16 (docs/numbers.md).
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -118,7 +119,8 @@ def product(layer: nn.Module, x: mx.array, rows: slice, after: mx.array, back: l
 
 
 def _dequantized_product(layer: nn.Module, x: mx.array, rows: slice, after: mx.array, back: list[mx.array]) -> mx.array:
-    """x @ dequantized(layer, rows).T; for a backward pass the rows are dequantized again, not held until then."""
+    """x @ dequantized(layer, rows).T; for derivatives the rows are dequantized again, not held until then."""
+    layer = copy.copy(layer)  # that is after `Head.narrowed` has put back what it took away
 
     @mx.custom_function
     def multiplied(x: mx.array) -> mx.array:

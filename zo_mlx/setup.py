@@ -88,6 +88,8 @@ class Setup:
         if self.judge:
             self.judge.check(self.head)
         self.sparse.check_branches(index.initial_values())
+        if config.estimator == "jvp" and config.gradient == "zo":
+            self.sparse.check_derivative(index.initial_values())
         self.model_prints = fingerprints(model, index)
         self.fingerprints = {
             **self.model_prints,

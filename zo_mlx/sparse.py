@@ -26,6 +26,8 @@ from .switch import SparseSwitchLinear
 # The branches' D is made in parts of this size, some rows of the layer after the others.
 DIFFERENCE_BYTES = 8 << 20
 
+_CHECK_TOKENS = [[1, 3, 2], [2, 1, 3]]
+
 
 class SparseLinear(nn.Module):
     """A linear layer plus the difference of its sensitive weights, one difference per branch.
@@ -240,7 +242,7 @@ class SparseModel:
         Raises:
             UsageError: the model cannot be computed with sparse layers at all.
         """
-        tokens = mx.array([[1, 3, 2], [2, 1, 3]])
+        tokens = mx.array(_CHECK_TOKENS)
         branches = mx.stack([values, values + 4 * mx.abs(values).mean()])
         try:
             apart = []
@@ -256,6 +258,22 @@ class SparseModel:
                 self.stackable = error <= 0.05 * effect
         except Exception as e:  # whatever an architecture does with layers that are not its own
             raise UsageError(f"{type(self.model).__module__} cannot be trained: {type(e).__name__}: {e}") from None
+        finally:
+            self.set_values(None)
+
+    def check_derivative(self, values: mx.array) -> None:
+        """Raise UsageError for a model that cannot be differentiated in forward mode, with values (K,)."""
+
+        def at(values: mx.array) -> mx.array:
+            self.set_values(values[None])
+            return self.model(mx.array(_CHECK_TOKENS))
+
+        try:
+            mx.eval(mx.jvp(at, [values], [mx.ones_like(values)]))
+        except Exception as e:  # of operations that have none
+            raise UsageError(
+                f"--estimator jvp: {type(self.model).__module__} has no forward-mode derivative: {e}"
+            ) from None
         finally:
             self.set_values(None)
 

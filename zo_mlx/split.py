@@ -122,11 +122,12 @@ class Split:
     def _told(
         self, values: mx.array, losses: np.ndarray, most: int, tokens_at_once: int | None, step: int, seconds: float
     ) -> np.ndarray:
-        """What all ranks found, (N, most) float32; where a rank has fewer, zeros follow.
+        """What all ranks found, (N, most) or (N, most, 2) float32; where a rank has fewer, zeros follow.
 
         That is the one message of a step. With it go a check of the values, the seconds it took, and tokens at once.
         """
-        form = np.dtype([("check", "<u8"), ("seconds", "<f4"), ("tokens", "<u4"), ("losses", "<f4", most)])
+        own = ("losses", "<f4", (most, *losses.shape[1:]))
+        form = np.dtype([("check", "<u8"), ("seconds", "<f4"), ("tokens", "<u4"), own])
         said = np.zeros((), form)
         said["check"] = int.from_bytes(hashlib.blake2b(np.array(values).tobytes(), digest_size=8).digest(), "little")
         said["seconds"], said["tokens"] = seconds, tokens_at_once or 0

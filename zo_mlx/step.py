@@ -30,7 +30,7 @@ class BranchLosses(Protocol):
     def __call__(
         self, branches: estimator.Branches, shares: Sequence[Sequence[Example]], count: float | None = None
     ) -> mx.array:
-        """The losses, (P,): sums over the examples, divided by `count`, or by `objective.denominator`."""
+        """The losses: sums over the examples, divided by `count`, or by `objective.denominator`."""
 
 
 def make_loss(
@@ -49,20 +49,29 @@ def make_loss(
         judge: the loss is minus the mean of its scores; None is cross-entropy.
 
     Returns:
-        A function of P branches, and of the examples that each is evaluated on, to (P,) losses.
+        A function of P branches, and of the examples that each is evaluated on, to an `estimator.Loss`.
     """
 
     continues = head.continues and prefix is None
 
-    def part(group: Sequence[Sequence[Example]], count: float) -> mx.array:
+    def part(group: Sequence[Sequence[Example]], count: float, traced: bool = False) -> mx.array:
         if judge and judge.generates:
             return -judge.text_scores(head, group).sum(axis=-1) / count
         batch = collate(group, continues)
         with prefix.skipped(batch.tokens, group) if prefix else contextlib.nullcontext():
-            scored = scores(head, batch)
+            scored = scores(head, batch, traced)
         if judge:
             return -judge.choice_scores(scored, group).sum(axis=-1) / count
         return branch_losses(scored, batch, count)
+
+    def derived(branches: estimator.Branches, group: Sequence[Sequence[Example]], count: float) -> mx.array:
+        def at(distances: mx.array) -> mx.array:
+            sparse.set_values(replace(branches, distances=distances))
+            return part(group, count, traced=True)
+
+        along = mx.zeros(len(branches.offsets))
+        (losses,), (slopes,) = mx.jvp(at, [along], [mx.ones_like(along)])
+        return mx.stack([losses, slopes], axis=1)
 
     def loss(branches: estimator.Branches, shares: Sequence[Sequence[Example]], count: float | None = None) -> mx.array:
         size, count = len(shares[0]), count or denominator(shares, judge is not None)
@@ -80,11 +89,12 @@ def make_loss(
                 own = most_at_once(size, size, lambda part: all(fits(slice(i, i + 1), part) for i in each))
         losses = []
         for start in range(0, len(branches), at_once):
-            sparse.set_values(branches[start : start + at_once])
+            some = branches[start : start + at_once]
+            sparse.set_values(some)
             total = mx.zeros(1)
             for first in range(0, size, own):
                 group = [share[first : first + own] for share in shares[start : start + at_once]]
-                total = total + part(group, count)
+                total = total + (derived(some, group, count) if some.derived else part(group, count))
                 mx.eval(total)
             losses.append(total)
         return mx.concatenate(losses)
@@ -138,7 +148,7 @@ def step(
         branches, shares = replace(branches, apart=origin), [*shares, examples]
     losses = loss(branches, shares)
     mean, slopes = method.slopes(losses[: len(branches.offsets)], epsilon)
-    initial = math.nan if origin is None else losses[-1].item()
+    initial = math.nan if origin is None else losses[-1].reshape(-1)[0].item()
     record = Record(number, mean.item(), np.array(slopes), initial=initial)  # type: ignore[arg-type]
     return *optimizer.apply(values, state, record, directions), record
 
