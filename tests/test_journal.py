@@ -24,7 +24,7 @@ def _write(path: Path, count: int, header: dict[str, object] = HEADER) -> bytes:
 def test_what_is_appended_is_read_back(tmp_path: Path) -> None:
     content = _write(tmp_path / "journal", 3)
     journal = Journal.read(tmp_path / "journal")
-    assert journal.header == {**HEADER, "version": 10}
+    assert journal.header == {**HEADER, "version": 11}
     assert [(r.step, r.loss, r.projected.tolist()) for r in journal.records()] == [
         (1, 0.5, [1, -1]),
         (2, 1.0, [2, -2]),
@@ -97,14 +97,14 @@ def _write_header(path: Path, header: object) -> None:
 
 @pytest.mark.parametrize("directions", [0, -1, True, "2", 2.0, 1e999, 10**9, None])
 def test_headers_with_absurd_directions_are_refused(directions: object, tmp_path: Path) -> None:
-    _write_header(tmp_path / "journal", {**HEADER, "version": 10, "config": {"directions": directions}})
+    _write_header(tmp_path / "journal", {**HEADER, "version": 11, "config": {"directions": directions}})
     with pytest.raises(UsageError, match="its header is not one of zo-mlx"):
         Journal.read(tmp_path / "journal")
 
 
 @pytest.mark.parametrize(
     "header",
-    [[], {}, {"version": 10}, {**HEADER, "config": 1}, {**HEADER, "fingerprints": {}}, {**HEADER, "fingerprints": [1]}],
+    [[], {}, {"version": 11}, {**HEADER, "config": 1}, {**HEADER, "fingerprints": {}}, {**HEADER, "fingerprints": [1]}],
 )
 def test_headers_of_something_else_are_refused(header: object, tmp_path: Path) -> None:
     _write_header(tmp_path / "journal", header)
@@ -118,7 +118,7 @@ def test_headers_of_something_else_are_refused(header: object, tmp_path: Path) -
      [[0, 2**33]], [[0, "5"]], [[0, 5.0]], [[True, 5]], "05", {"0": 5}],
 )  # fmt: skip
 def test_headers_with_absurd_places_of_the_trained_weights_are_refused(trained: object, tmp_path: Path) -> None:
-    _write_header(tmp_path / "journal", {**HEADER, "version": 10, "trained": trained})
+    _write_header(tmp_path / "journal", {**HEADER, "version": 11, "trained": trained})
     with pytest.raises(UsageError, match="its header is not one of zo-mlx"):
         Journal.read(tmp_path / "journal")
 
@@ -131,7 +131,7 @@ def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
 
 def test_a_journal_that_would_replay_differently_is_refused(tmp_path: Path) -> None:
     _write_header(tmp_path / "journal", {**HEADER, "version": 1, "trained": 5})  # as that version had it
-    with pytest.raises(UsageError, match="has version 1, this zo-mlx replays version 10"):
+    with pytest.raises(UsageError, match="has version 1, this zo-mlx replays version 11"):
         Journal.read(tmp_path / "journal")
 
 

@@ -34,7 +34,7 @@ def read(content: bytes) -> Found:
     if crc != zlib.crc32(content[: 12 + length]):
         raise ValueError("header damaged")
     header = json.loads(content[12 : 12 + length])
-    if header["version"] != 10:
+    if header["version"] != 11:
         raise ValueError("other rules")
     trained = sum(end - start for start, end in header["trained"])
     exact = header["config"]["gradient"] == "exact"

@@ -20,6 +20,7 @@ from zo_mlx.journal import Journal
     [
         {"estimator": "one-sided", "directions": 9, "num_layers": 2, "iters": 12},
         {"optimizer": "adam", "learning_rate": 1e-3, "law": "gaussian", "precondition": 0.5},
+        {"structure": "low-rank", "num_layers": 1},
         {"gradient": "exact"},
     ],
 )

@@ -15,7 +15,7 @@ import mlx.optimizers as optim
 from mlx_lm.tuner.utils import build_schedule
 
 from .errors import UsageError
-from .estimator import ESTIMATORS, LAWS
+from .estimator import ESTIMATORS, LAWS, STRUCTURES
 from .metric import CROSS_ENTROPY, check_objective
 
 T = TypeVar("T")
@@ -83,7 +83,7 @@ class TrainConfig:
     gradient: str = _setting(
         "zo",
         "zo: estimated from forward passes; exact: by back-propagation, block by block, in far fewer steps. Then "
-        "epsilon, estimator, directions, law and precondition have no effect.",
+        "epsilon, estimator, directions, law, structure and precondition have no effect.",
         choices=("zo", "exact"),
     )
     objective: str = _setting(
@@ -130,6 +130,12 @@ class TrainConfig:
         most=1 << 10,
     )
     law: str = _setting("rademacher", "Law of the directions: +-1, or standard normal.", choices=LAWS)
+    structure: str = _setting(
+        "free",
+        "What the directions have in common: nothing, or the numbers of a layer's rows or columns, or, low-rank, of "
+        "both, multiplied.",
+        choices=tuple(STRUCTURES),
+    )
     precondition: float = _setting(
         0.0, "Scale the directions by this power of the Fisher scores; 0 for none.", least=-1, most=1
     )

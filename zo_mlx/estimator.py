@@ -97,28 +97,69 @@ _SIGNS = np.where(np.arange(256) >> np.arange(8)[:, None] & 1, np.float32(1), np
 
 LAWS = ("rademacher", "gaussian")
 
+# By structure of the directions, the kinds of groups whose weights have a number in common. With both kinds, what a
+# direction adds to a layer is a part of a matrix of rank one, as in LOZO (Chen et al. 2024, arXiv 2410.07698).
+STRUCTURES: dict[str, tuple[str, ...]] = {
+    "free": (), "low-rank": ("row", "column"), "row": ("row",), "column": ("column",)
+}  # fmt: skip
 
-def directions(
-    seed: int, step: int, count: int, size: int, law: str = "rademacher", scale: mx.array | None = None
-) -> Directions:
-    """The `count` (q) directions of one step along `size` (K) weights.
 
-    Args:
-        law: `rademacher`, +-1 with equal probability, from random bits, the same on every backend; or `gaussian`,
-            standard normal, whose last bits depend on the backend.
+@dataclass(frozen=True)
+class Form:
+    """What the directions of a run have in common.
+
+    Attributes:
+        law: of their numbers: `rademacher`, +-1 with equal probability, from random bits, the same on every backend; or
+            `gaussian`, standard normal, whose last bits depend on the backend.
         scale: (K,) float32; directions are multiplied by it. None is 1.
+        groups: if there are any, a weight's part in a direction is not a number of its own but the product of those of
+            the groups it is in, one of each kind. For each kind (K,) uint32, the number of its group.
     """
-    if law == "gaussian":
-        z = mx.stack([mx.random.normal((size,), key=key(seed, step, d)) for d in range(count)])
-        z = z if scale is None else z * scale
+
+    law: str = "rademacher"
+    scale: mx.array | None = None
+    groups: tuple[mx.array, ...] = ()
+
+
+FREE = Form()
+
+
+def directions(seed: int, step: int, count: int, size: int, form: Form = FREE) -> Directions:
+    """The `count` (q) directions of one step along `size` (K) weights."""
+    if form.law == "gaussian":
+
+        def normal(direction: int) -> mx.array:
+            if not form.groups:
+                return mx.random.normal((size,), key=key(seed, step, direction))
+            parts = (
+                mx.random.normal((_count(own),), key=key(seed, step, direction, kind))[own]
+                for kind, own in enumerate(form.groups)
+            )
+            return functools.reduce(mx.multiply, parts)
+
+        z = mx.stack([normal(d) for d in range(count)])
+        z = z if form.scale is None else z * form.scale
         mx.eval(z)  # not again for each part
         return Vectors(z)
     rows = -(-count // 8)
-    # Keys made from a key are plain random bits, two words of 32 each. MLX runs on little-endian machines only.
-    words = mx.random.split(key(seed, step), -(-rows * size // 8))
-    bits = words.view(mx.uint8).reshape(-1)[: rows * size].reshape(rows, size)
+    if form.groups:
+        parts = (_bits(key(seed, step, kind), rows, _count(own))[:, own] for kind, own in enumerate(form.groups))
+        bits = functools.reduce(lambda a, b: ~(a ^ b), parts)  # equal signs make +1
+    else:
+        bits = _bits(key(seed, step), rows, size)
     mx.eval(bits)
-    return Signs(bits, count, scale)
+    return Signs(bits, count, form.scale)
+
+
+def _bits(key: mx.array, rows: int, size: int) -> mx.array:
+    """Random bytes: (rows, size) uint8."""
+    # Keys made from a key are plain random bits, two words of 32 each. MLX runs on little-endian machines only.
+    words = mx.random.split(key, -(-rows * size // 8))
+    return words.view(mx.uint8).reshape(-1)[: rows * size].reshape(rows, size)
+
+
+def _count(groups: mx.array) -> int:
+    return int(np.asarray(groups).max()) + 1
 
 
 def fisher_scale(scores: mx.array, power: float) -> mx.array | None:

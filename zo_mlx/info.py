@@ -8,12 +8,12 @@ import numpy as np
 
 from . import adapter
 from .errors import UsageError
-from .files import load_safetensors, read_json, sha256
+from .files import read_json, sha256
 from .index import FILE_NAME as INDEX
 from .index import SensitiveTensor, in_order, read_index
 from .journal import FILE_NAME as JOURNAL
 from .journal import Journal
-from .model import fingerprint, weight_files
+from .model import fingerprint, weight_files, weight_shapes
 
 
 def info(path: str | Path) -> dict[str, Any]:
@@ -38,10 +38,7 @@ def info(path: str | Path) -> dict[str, Any]:
 
 def _model(directory: Path) -> dict[str, Any]:
     config = read_json(directory / "config.json")
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in weight_files(directory):
-        for name, array in load_safetensors(file)[0].items():
-            shapes[name.removesuffix(".weight")] = array.shape
+    shapes = weight_shapes(directory)
     found: dict[str, Any] = {
         "kind": "model",
         "path": str(directory),
@@ -56,17 +53,14 @@ def _model(directory: Path) -> dict[str, Any]:
             **index.metadata,
             "sha256": sha256(directory / INDEX),
             "matches_model": index.metadata.get("base_model") == found["fingerprint"],
-            "layers": [_layer(path, tensor, shapes, config) for path, tensor in index.tensors.items()],
+            "layers": [_layer(path, tensor, shapes.get(path, (0,))) for path, tensor in index.tensors.items()],
         }
     return found
 
 
-def _layer(
-    path: str, tensor: SensitiveTensor, shapes: dict[str, tuple[int, ...]], config: dict[str, Any]
-) -> dict[str, Any]:
+def _layer(path: str, tensor: SensitiveTensor, shape: tuple[int, ...]) -> dict[str, Any]:
     """Of a layer of the index: its trainable weights, their scores, and the input columns that have any of them."""
-    *rows, packed = shapes.get(path, (0,))
-    width = packed * 32 // _bits(config, path) if f"{path}.scales" in shapes else packed
+    *rows, width = shape
     weights = math.prod(rows) * width
     known = len(rows) > 0 and weights > tensor.indices[-1]
     columns = None
@@ -80,16 +74,6 @@ def _layer(
         "columns": columns,
         "score": float(tensor.scores.sum()),
     }
-
-
-def _bits(config: dict[str, Any], path: str) -> int:
-    """Bits per weight of a layer; mlx-lm's config has one number for all, and others for some layers by path."""
-    quantization = config.get("quantization")
-    if not isinstance(quantization, dict):
-        return 32
-    own = quantization.get(path)
-    bits = (own if isinstance(own, dict) else quantization).get("bits")
-    return bits if type(bits) is int and 0 < bits <= 32 else 32
 
 
 def _run(journal: Journal) -> dict[str, Any]:

@@ -28,7 +28,7 @@ _MOST_DIRECTIONS = 1 << 10  # a replay makes a bit for each and each weight
 _MOST_WEIGHTS = 1 << 32
 
 # Raised whenever the same journal would be replayed to other values: directions, update rule, schedules.
-VERSION = 10
+VERSION = 11
 
 
 @dataclass(frozen=True)

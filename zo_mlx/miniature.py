@@ -63,7 +63,7 @@ class Steps:
         self.blocks, self.head, self._sparse, self._config = blocks, split_head(sparse.model), sparse, config
         last = config.num_layers or (-1 if config.gradient == "exact" else sparse.last_half())
         self.trained = count if last == -1 else min(last, count)
-        self._trainable = Trainable(index, sparse.train_last(self.trained, index.initial_values()), 0.0)
+        self._trainable = Trainable(index, sparse.train_last(self.trained, index.initial_values()), config)
         self._optimizer = Optimizer(resolved(config), self._trainable.initial)
         self._at_once = resolved(replace(config, memory_limit=None)).tokens_at_once
         mx.eval(self._trainable.initial, self._optimizer.state)

@@ -13,7 +13,7 @@ from mlx_lm.utils import load_model, load_tokenizer
 
 from .adapter import Snapshot, read_snapshot
 from .errors import UsageError
-from .files import count_tensors, read_json, sha256
+from .files import count_tensors, load_safetensors, read_json, sha256
 from .index import FILE_NAME as INDEX
 from .index import SensitiveIndex, read_index
 from .product import prepare
@@ -72,6 +72,29 @@ def _check_weight_map(listing: Path) -> None:
 def weight_files(directory: Path) -> list[Path]:
     """The weight files of a model directory that mlx-lm reads, sorted by name."""
     return sorted(directory.glob("model*.safetensors"))
+
+
+def weight_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """By layer, the shapes of a model's weights as they would be without quantization; nothing else is read of them."""
+    stored: dict[str, tuple[int, ...]] = {}
+    for file in weight_files(directory):
+        stored |= {name: array.shape for name, array in load_safetensors(file)[0].items()}
+    config, found = read_json(directory / "config.json"), {}
+    for name, shape in stored.items():
+        if (path := name.removesuffix(".weight")) != name:
+            packed = f"{path}.scales" in stored
+            found[path] = (*shape[:-1], shape[-1] * 32 // _bits(config, path)) if packed else shape
+    return found
+
+
+def _bits(config: dict[str, Any], path: str) -> int:
+    """Bits per weight of a layer; mlx-lm's config has one number for all, and others for some layers by path."""
+    quantization = config.get("quantization")
+    if not isinstance(quantization, dict):
+        return 32
+    own = quantization.get(path)
+    bits = (own if isinstance(own, dict) else quantization).get("bits")
+    return bits if type(bits) is int and 0 < bits <= 32 else 32
 
 
 def load_tokenizer_of(directory: Path, config: dict[str, Any]) -> TokenizerWrapper:

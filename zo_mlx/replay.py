@@ -14,7 +14,7 @@ from .errors import UsageError
 from .files import new_directory
 from .journal import FILE_NAME, Journal, Record
 from .memory import bounded_cache
-from .model import check_fingerprints, checked_index, fingerprints
+from .model import check_fingerprints, checked_index, fingerprints, weight_shapes
 from .optimizer import Optimizer
 from .progress import Progress
 from .step import replay as replay_records
@@ -62,7 +62,7 @@ def replay(
     check_fingerprints(f"the journal {past.path}", past.header["fingerprints"], prints)
     if past.spans[-1][1] > index.size:
         raise UsageError(f"{past.path} is damaged: it is of more weights than the index's {index.size}")
-    trainable = Trainable(index, past.spans, config.precondition)
+    trainable = Trainable(index, past.spans, config, lambda: weight_shapes(directory))
     optimizer = Optimizer(config, trainable.initial, trainable.at_random)
 
     started = time.perf_counter()
@@ -73,9 +73,7 @@ def replay(
                 yield record
                 bar.advance()
 
-        values, state = replay_records(
-            optimizer, trainable.initial, optimizer.state, records(), config, trainable.scale
-        )
+        values, state = replay_records(optimizer, trainable.initial, optimizer.state, records(), config, trainable.form)
         mx.eval(values)
     seconds = time.perf_counter() - started
     if not mx.isfinite(values).all():

@@ -128,7 +128,7 @@ def resume(run: Run, past: Journal, changed_data: bool, given: dict[str, Any]) -
         _restore(run, past)
     for number in [*lost, len(past)]:
         some = islice(past.records(run.done), number - run.done)
-        run.values, run.state = replay(run.optimizer, run.values, run.state, some, run.config, run.trainable.scale)
+        run.values, run.state = replay(run.optimizer, run.values, run.state, some, run.config, run.trainable.form)
         run.done = number
         if number in lost:
             run.validate()

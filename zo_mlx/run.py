@@ -79,7 +79,7 @@ class Run(Setup):
                 own = self.split.gradient(gradient, at_once, number)
                 return exact_step(own, self.optimizer, values, state, examples, number)
             own_loss = self.split.loss(loss, at_once, number)
-            return step(own_loss, self.optimizer, values, state, examples, number, config, self.trainable.scale)
+            return step(own_loss, self.optimizer, values, state, examples, number, config, self.trainable.form)
 
         return take
 

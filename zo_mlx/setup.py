@@ -21,7 +21,7 @@ from .files import sha256
 from .fit import blocks_that_fit, exact_tokens_that_fit, longest_batch, tokens_that_fit
 from .head import split_head
 from .metric import CROSS_ENTROPY, Metric
-from .model import context_length, fingerprints, load_sparse, vocabulary_size
+from .model import context_length, fingerprints, load_sparse, vocabulary_size, weight_shapes
 from .objective import layout
 from .prefix import Prefix
 from .ranks import Ranks
@@ -107,7 +107,7 @@ class Setup:
         if config.precondition and index.mask != "sensitive":
             why = f"the model's index has no Fisher scores: its weights are those of --mask {index.mask}"
             raise UsageError(f"--precondition {config.precondition:g}: {why}")
-        self.trainable = Trainable(index, self.depth.spans, config.precondition)
+        self.trainable = Trainable(index, self.depth.spans, config, lambda: weight_shapes(model))
         if config.memory_limit is not None and config.tokens_at_once is None:
             self.fit(int(config.memory_limit * 1e9))
             self._agree()

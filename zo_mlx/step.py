@@ -123,7 +123,7 @@ def step(
     examples: Sequence[Example],
     number: int,
     config: TrainConfig,
-    scale: mx.array | None = None,
+    form: estimator.Form = estimator.FREE,
 ) -> tuple[mx.array, State, Record]:
     """One step: q directions, their branches in one forward pass, one update.
 
@@ -134,13 +134,13 @@ def step(
         state: the optimizer's.
         examples: B of them; a multiple of q where the estimator divides them among the directions.
         number: of the step, from 1.
-        config: resolved; seed, estimator, directions and their law are read.
-        scale: (K,) of the directions.
+        config: resolved; seed, estimator and directions are read.
+        form: of the directions.
 
     Returns:
         The new values and state, and the record from which `replay` gives them again.
     """
-    directions = estimator.directions(config.seed, number, filled(config.directions), values.size, config.law, scale)
+    directions = estimator.directions(config.seed, number, filled(config.directions), values.size, form)
     method, epsilon = estimator.ESTIMATORS[config.estimator], optimizer.epsilon(state)
     branches = method.branches(optimizer.point(values, state), directions, epsilon)
     shares = method.shares(examples, len(directions))
@@ -174,15 +174,13 @@ def replay(
     state: State,
     records: Iterable[Record],
     config: TrainConfig,
-    scale: mx.array | None = None,
+    form: estimator.Form = estimator.FREE,
 ) -> tuple[mx.array, State]:
     """Repeat the updates of some consecutive steps from their records alone."""
     for record in records:
         if config.gradient == "exact":
             directions = None
         else:
-            directions = estimator.directions(
-                config.seed, record.step, len(record.projected), values.size, config.law, scale
-            )
+            directions = estimator.directions(config.seed, record.step, len(record.projected), values.size, form)
         values, state = optimizer.apply(values, state, record, directions)
     return values, state

@@ -5,11 +5,11 @@
 
 DIR holds a directory of JSON lines for each task. The budget is rows of the batch that went forward, so that arms
 compare: SPSA with batches of 16 takes 32 a step, 600 passes of its batch are 9600. Those of LoRA and of exact gradients
-count three times, for the backward pass; through some of the blocks a row counts for as much as they are of all.
-MeZO, on all weights, and LoRA train the base model's weights, dequantized to float32. Validation is before, at 1/9,
-1/3, 2/3 and all of the budget, on the first `--valid` examples. Results go to a file of JSON lines, one for each arm,
-task and seed; what is there is not run again. An arm with `mask` or `density` needs the model converted so, which is
-done once, in `--work`.
+count three times, for the backward pass, and those of forward-mode derivatives twice; through some of the blocks a row
+counts for as much as they are of all. MeZO, on all weights, and LoRA train the base model's weights, dequantized to
+float32. Validation is before, at 1/9, 1/3, 2/3 and all of the budget, on the first `--valid` examples. Results go to a
+file of JSON lines, one for each arm, task and seed; what is there is not run again. An arm with `mask` or `density`
+needs the model converted so, which is done once, in `--work`.
 """
 
 import zo_mlx  # isort: skip  # noqa: F401  (first, so that MLX gets a fast BLAS)
@@ -61,7 +61,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "adam": {"optimizer": "adam"},
     "lion": {"optimizer": "lion"},
     "momentum": {"optimizer_config": {"sgd": {"momentum": 0.9}}},
+    "jvp": {"estimator": "jvp"},
     "gaussian": {"law": "gaussian"},
+    **{structure: {"structure": structure} for structure in ("low-rank", "row", "column")},
     **{f"precondition{power:+g}": {"precondition": power} for power in (-0.25, 0.25)},
     "random": {"mask": "random"},
     "largest": {"mask": "largest"},
@@ -101,7 +103,8 @@ def model_for(arm: dict[str, Any], args: argparse.Namespace) -> Path:
 def zo_run(path: Path, settings: dict[str, Any], data: Path, args: argparse.Namespace, seed: int) -> Points:
     """Validations of a training run."""
     config = resolved(zo_mlx.TrainConfig(**settings))
-    rows, once = rows_of_step(config) * (3 if config.gradient == "exact" else 1), float(filled(config.batch_size))
+    cost = 3 if config.gradient == "exact" else 2 if config.estimator == "jvp" else 1
+    rows, once = cost * rows_of_step(config), float(filled(config.batch_size))
     if config.gradient == "zo" and config.num_layers != -1:  # the blocks before are computed once for all branches
         sparse = load_sparse(path)[0]
         blocks = len(sparse.model.layers)
