@@ -90,7 +90,12 @@ def _records(path: Path) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    ("count", "settings"), [(2, {"batch_size": 8}), (4, {"estimator": "one-sided", "directions": 5})]
+    ("count", "settings"),
+    [
+        (2, {"batch_size": 8}),
+        (4, {"estimator": "one-sided", "directions": 5}),
+        (2, {"estimator": "jvp", "directions": 5}),
+    ],
 )
 def test_the_split_of_directions_gives_the_bits_of_one_machine(
     count: int, settings: dict[str, Any], tiny: Path, choice_data: Path, tmp_path: Path
@@ -115,6 +120,7 @@ def test_the_split_of_directions_gives_the_bits_of_one_machine(
     [
         {},
         {"estimator": "one-sided"},
+        {"estimator": "jvp"},
         {"gradient": "exact", "batch_size": 8},
         {"gradient": "exact", "num_layers": 1},
         {"objective": "accuracy"},
