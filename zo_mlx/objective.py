@@ -237,9 +237,9 @@ def _of_pieces(states: mx.array, pieces: Iterable[tuple[partial[mx.array], slice
     """The scores of all targets, (n,), with the logits of one piece at a time in memory."""
     parts = list[mx.array]()
     for target_scores, rows in pieces:
-        which = mx.arange(*rows.indices(len(states)))
-        if parts:  # what waits are the indices: what depends on other arrays has no forward-mode derivative
-            (which,) = mx.depends([which], [mx.stop_gradient(parts[-1])])
+        which: slice | mx.array = rows
+        if parts:  # it is the indices that wait: what depends on other arrays has no forward-mode derivative
+            (which,) = mx.depends([mx.arange(*rows.indices(len(states)))], [mx.stop_gradient(parts[-1])])
         parts.append(target_scores(states[which]))
     return mx.concatenate(parts)
 
