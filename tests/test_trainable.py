@@ -10,6 +10,7 @@ import pytest
 from conftest import dense_weights
 
 from zo_mlx.config import TrainConfig
+from zo_mlx.errors import UsageError
 from zo_mlx.estimator import directions
 from zo_mlx.index import SensitiveIndex, SensitiveTensor, read_index
 from zo_mlx.model import weight_shapes
@@ -58,3 +59,5 @@ def test_experts_have_rows_and_columns_of_their_own() -> None:
     rows, columns = (np.array(own).tolist() for own in found.form.groups)
     assert rows == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
     assert columns == [0, 1, 2, 0, 1, 2, 3, 4, 5, 3, 4, 5]
+    with pytest.raises(UsageError, match=r"^the sensitive index belongs to another model: it has no layer experts$"):
+        Trainable(index, [(0, 12)], TrainConfig(structure="row"), lambda: {"experts": (8,)})

@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 
 from .config import TrainConfig
+from .errors import UsageError
 from .estimator import STRUCTURES, Form, fisher_scale
 from .index import SensitiveIndex
 
@@ -25,6 +26,9 @@ class Trainable:
         initial: (K,) of them, those of the trained ones.
         form: of the directions.
         at_random: whether the weights of the index were chosen at random.
+
+    Raises:
+        UsageError: there are no such layers.
     """
 
     def __init__(
@@ -58,6 +62,8 @@ def _places(index: SensitiveIndex, shapes: Mapping[str, tuple[int, ...]]) -> dic
     """Numbers of the rows and columns that the weights of an index are in: (n,) int64, apart for all matrices."""
     rows, columns, first_row, first_column = [], [], 0, 0
     for path, tensor in index.tensors.items():
+        if len(shapes.get(path, ())) < 2:
+            raise UsageError(f"the sensitive index belongs to another model: it has no layer {path}")
         *experts, height, width = shapes[path]
         row, column = np.divmod(tensor.indices.astype(np.int64), width)
         rows.append(first_row + row)
