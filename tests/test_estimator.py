@@ -77,7 +77,7 @@ def test_the_mean_of_signs_is_that_of_slopes_times_signs_bit_by_bit(count: int, 
     expected = rows[0]
     for row in rows[1:]:
         expected = expected + row
-    found = estimator.directions(3, 5, count, 500, Form(scale=mx.array(scale) if scaled else None))
+    found = estimator.directions(3, 5, count, 500, form=Form(mx.array(scale) if scaled else None))
     assert np.array_equal(np.array(found.mean(slopes)), expected * scale if scaled else expected)
     exact = (slopes.astype(np.float64)[:, None] * _vectors(found, 500)).mean(axis=0)
     assert np.allclose(np.array(found.mean(slopes)), exact, rtol=1e-5, atol=1e-5 * np.abs(slopes).max())
@@ -123,13 +123,13 @@ def test_two_sides_divide_the_examples_and_one_side_shares_them() -> None:
 
 
 def test_gaussian_directions_are_normal_and_scales_apply() -> None:
-    z = _vectors(estimator.directions(3, 1, 4, 20_000, Form("gaussian")), 20_000)
+    z = _vectors(estimator.directions(3, 1, 4, 20_000, "gaussian"), 20_000)
     assert abs(z.mean()) < 0.02
     assert abs(z.var() - 1) < 0.02
     assert abs((z**4).mean() - 3) < 0.2
     scale = mx.array(np.linspace(0, 2, 50).astype(np.float32))
     for law in estimator.LAWS:
-        plain, scaled = (_vectors(estimator.directions(3, 1, 4, 50, Form(law, s)), 50) for s in (None, scale))
+        plain, scaled = (_vectors(estimator.directions(3, 1, 4, 50, law, Form(s)), 50) for s in (None, scale))
         assert np.array_equal(scaled, plain * np.array(scale))
 
 
@@ -137,7 +137,7 @@ def test_gaussian_directions_are_normal_and_scales_apply() -> None:
 def test_weights_of_a_group_share_a_number_and_of_two_kinds_their_product(law: str) -> None:
     row, column = (mx.array(n.astype(np.uint32).ravel()) for n in np.mgrid[:30, :40])
     rows, columns, both = (
-        _vectors(estimator.directions(3, 1, 9, 1200, Form(law, groups=groups)), 1200).reshape(9, 30, 40)
+        _vectors(estimator.directions(3, 1, 9, 1200, law, Form(groups=groups)), 1200).reshape(9, 30, 40)
         for groups in ((row,), (column,), (row, column))
     )
     assert (rows == rows[:, :, :1]).all()
@@ -156,7 +156,7 @@ def test_directions_on_the_gpu_are_those_on_the_cpu(law: str) -> None:
     found, slopes = [], np.array([0.3, -2, 5], np.float32)
     for device in (mx.cpu, mx.gpu):
         with mx.stream(device):
-            z = estimator.directions(3, 1, 3, 20_000, Form(law))
+            z = estimator.directions(3, 1, 3, 20_000, law)
             found.append((_vectors(z, 20_000), np.array(z.mean(slopes))))
     for on_cpu, on_gpu in zip(*found, strict=True):
         if law == "rademacher":

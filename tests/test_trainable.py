@@ -30,7 +30,7 @@ def test_directions_are_as_structured_in_each_matrix(structure: str, spread: Pat
     trained = np.r_[7:200, 210 : index.size]
     found = Trainable(index, [(7, 200), (210, index.size)], TrainConfig(structure=structure), lambda: shapes)
     z = np.zeros((40, index.size))
-    z[:, trained] = np.array(directions(0, 1, 40, len(trained), found.form).part(range(40), 0, len(trained)))
+    z[:, trained] = np.array(directions(0, 1, 40, len(trained), form=found.form).part(range(40), 0, len(trained)))
     numbers, start = list[np.ndarray](), 0
     for path, tensor in index.tensors.items():
         matrices = np.zeros((40, *shapes[path]))

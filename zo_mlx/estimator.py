@@ -106,17 +106,14 @@ STRUCTURES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Form:
-    """What the directions of a run have in common.
+    """What the directions of a run have in common beside their law.
 
     Attributes:
-        law: of their numbers: `rademacher`, +-1 with equal probability, from random bits, the same on every backend; or
-            `gaussian`, standard normal, whose last bits depend on the backend.
         scale: (K,) float32; directions are multiplied by it. None is 1.
         groups: if there are any, a weight's part in a direction is not a number of its own but the product of those of
             the groups it is in, one of each kind. For each kind (K,) uint32, the number of its group.
     """
 
-    law: str = "rademacher"
     scale: mx.array | None = None
     groups: tuple[mx.array, ...] = ()
 
@@ -124,9 +121,14 @@ class Form:
 FREE = Form()
 
 
-def directions(seed: int, step: int, count: int, size: int, form: Form = FREE) -> Directions:
-    """The `count` (q) directions of one step along `size` (K) weights."""
-    if form.law == "gaussian":
+def directions(seed: int, step: int, count: int, size: int, law: str = "rademacher", form: Form = FREE) -> Directions:
+    """The `count` (q) directions of one step along `size` (K) weights.
+
+    Args:
+        law: `rademacher`, +-1 with equal probability, from random bits, the same on every backend; or `gaussian`,
+            standard normal, whose last bits depend on the backend.
+    """
+    if law == "gaussian":
 
         def normal(direction: int) -> mx.array:
             if not form.groups:

@@ -42,7 +42,7 @@ def tokens_that_fit(
         As `_largest_that_fits`.
     """
     method = estimator.ESTIMATORS[config.estimator]
-    directions = estimator.directions(config.seed, 1, filled(config.directions), values.size)
+    directions = estimator.directions(config.seed, 1, filled(config.directions), values.size, config.law)
     branches = method.branches(values, directions, 1e-3)
     batch_size = filled(config.batch_size)
     size = len(method.shares(range(batch_size), len(directions))[0])

@@ -30,7 +30,7 @@ class BranchLosses(Protocol):
     def __call__(
         self, branches: estimator.Branches, shares: Sequence[Sequence[Example]], count: float | None = None
     ) -> mx.array:
-        """The losses: sums over the examples, divided by `count`, or by `objective.denominator`."""
+        """As `estimator.Loss`: sums over the examples, divided by `count`, or by `objective.denominator`."""
 
 
 def make_loss(
@@ -49,7 +49,7 @@ def make_loss(
         judge: the loss is minus the mean of its scores; None is cross-entropy.
 
     Returns:
-        A function of P branches, and of the examples that each is evaluated on, to an `estimator.Loss`.
+        A function of P branches, and of the examples that each is evaluated on, as `estimator.Loss` is.
     """
 
     continues = head.continues and prefix is None
@@ -134,13 +134,13 @@ def step(
         state: the optimizer's.
         examples: B of them; a multiple of q where the estimator divides them among the directions.
         number: of the step, from 1.
-        config: resolved; seed, estimator and directions are read.
+        config: resolved; seed, estimator, directions and their law are read.
         form: of the directions.
 
     Returns:
         The new values and state, and the record from which `replay` gives them again.
     """
-    directions = estimator.directions(config.seed, number, filled(config.directions), values.size, form)
+    directions = estimator.directions(config.seed, number, filled(config.directions), values.size, config.law, form)
     method, epsilon = estimator.ESTIMATORS[config.estimator], optimizer.epsilon(state)
     branches = method.branches(optimizer.point(values, state), directions, epsilon)
     shares = method.shares(examples, len(directions))
@@ -181,6 +181,8 @@ def replay(
         if config.gradient == "exact":
             directions = None
         else:
-            directions = estimator.directions(config.seed, record.step, len(record.projected), values.size, form)
+            directions = estimator.directions(
+                config.seed, record.step, len(record.projected), values.size, config.law, form
+            )
         values, state = optimizer.apply(values, state, record, directions)
     return values, state

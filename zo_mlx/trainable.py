@@ -18,7 +18,7 @@ class Trainable:
     Args:
         index: of the model.
         spans: where they are among all its weights: pairs of start and end.
-        config: law, precondition and structure of the directions are read.
+        config: precondition and structure of the directions are read.
         shapes: gives the shapes of the index's layers, where their directions have a structure.
 
     Attributes:
@@ -46,7 +46,7 @@ class Trainable:
         places = _places(index, shapes()) if kinds else {}
         groups = [np.unique(places[kind][self._positions], return_inverse=True)[1] for kind in kinds]
         scale = fisher_scale(self.of(scores), config.precondition)
-        self.form = Form(config.law, scale, tuple(mx.array(own.astype(np.uint32)) for own in groups))
+        self.form = Form(scale, tuple(mx.array(own.astype(np.uint32)) for own in groups))
         self.at_random = index.mask == "random"
 
     def of(self, values: mx.array) -> mx.array:
